@@ -1,0 +1,160 @@
+"""What the fleet talks about: instances, disks, networks. Frozen, validated, and the same in JSON everywhere."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+from uuid import UUID
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from worker.settings import Accel, RootDisk
+
+MIB = 1024**2
+GIB = 1024**3
+MAX_USER_DATA_BYTES = MIB
+
+NAME_RULE = "1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+_NETWORK = re.compile(r"^(none|(bridge|network):[A-Za-z0-9][A-Za-z0-9._-]{0,62})$")
+
+
+class Frozen(BaseModel):
+    """Base of all models: immutable, and unknown fields are errors rather than typos that pass."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _checked_network(value: str) -> str:
+    if not _NETWORK.match(value):
+        raise ValueError("allowed: none, bridge:NAME or network:NAME")
+    return value
+
+
+def _checked_user_data(value: str) -> str:
+    size = len(value.encode())
+    if size > MAX_USER_DATA_BYTES:
+        raise ValueError(f"allowed: at most {MAX_USER_DATA_BYTES} bytes, given: {size} bytes")
+    return value
+
+
+def _checked_ssh_key(value: str) -> str:
+    if not re.match(r"^(ssh|ecdsa|sk)-\S+ \S+( .*)?$", value.strip()) or "\n" in value.strip():
+        raise ValueError("allowed: one public key in OpenSSH's format, such as 'ssh-ed25519 AAAA... comment'")
+    return value.strip()
+
+
+Name = Annotated[str, StringConstraints(pattern=_NAME)]
+Network = Annotated[str, AfterValidator(_checked_network)]
+UserData = Annotated[str, AfterValidator(_checked_user_data)]
+SshKey = Annotated[str, AfterValidator(_checked_ssh_key)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$", to_lower=True)]
+DiskFormat = Literal["qcow2", "raw"]
+Firmware = Literal["bios", "efi"]
+WaitFor = Literal["running", "agent", "console"]
+
+
+class PowerState(StrEnum):
+    """What a guest is doing, in the words users see."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    OFF = "off"
+    SAVED = "saved"
+    CRASHED = "crashed"
+    MISSING = "missing"
+
+
+class InstanceSpec(Frozen):
+    """What an instance is made of; kept beside its disks as instance.json."""
+
+    image: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    sha256: Sha256 | None = None
+    vcpus: Annotated[int, Field(ge=1, le=1024)] = 1
+    memory_mib: Annotated[int, Field(ge=16, le=64 * 1024 * 1024)] = 512
+    disk_gib: Annotated[int, Field(ge=1, le=64 * 1024)] | None = None
+    swap_mib: Annotated[int, Field(ge=0, le=1024 * 1024)] = 0
+    ephemeral_gib: tuple[Annotated[int, Field(ge=1, le=64 * 1024)], ...] = Field((), max_length=16)
+    networks: tuple[Network, ...] = Field((), max_length=16)
+    firmware: Firmware = "bios"
+    root_disk: RootDisk | None = None
+    accel: Accel | None = None
+    hostname: Name | None = None
+    user_data: UserData = ""
+    network_config: UserData = ""
+    ssh_keys: tuple[SshKey, ...] = Field((), max_length=64)
+
+
+class Disk(Frozen):
+    """One disk of an instance, as it lies in the instance's directory. Sizes in bytes."""
+
+    role: Literal["root", "ephemeral", "swap", "seed"]
+    target: str
+    path: Path
+    format: DiskFormat
+    virtual_size: int
+    backing: Path | None = None
+
+    @property
+    def readonly(self) -> bool:
+        """A seed is a CD: the guest reads it only."""
+        return self.role == "seed"
+
+
+class DiskSet(Frozen):
+    """All disks of an instance, the root disk first."""
+
+    disks: tuple[Disk, ...]
+
+
+class BaseImage(Frozen):
+    """An image in a host's cache: immutable, inspected, standalone. Sizes in bytes."""
+
+    path: Path
+    sha256: str
+    format: DiskFormat
+    virtual_size: int
+    actual_size: int
+
+
+class Owner(Frozen):
+    """Whose a domain is: kept in the domain's metadata, so that the host itself can refuse a stale owner."""
+
+    name: str
+    uuid: UUID
+    operation: str
+    fence: int
+
+
+class DomainConfig(Frozen):
+    """All that the domain's XML is made from; policy is decided before, the XML only writes it down."""
+
+    name: str
+    uuid: UUID
+    owner: Owner
+    vcpus: int
+    memory_mib: int
+    disks: tuple[Disk, ...]
+    networks: tuple[Network, ...] = ()
+    mac_addresses: tuple[str, ...] = ()
+    firmware: Firmware = "bios"
+    accel: Literal["kvm", "qemu"]
+    emulator: Path
+    machine: str = "q35"
+    console_log: Path
+    disk_cache: Literal["none", "writeback"] = "none"
+
+
+class Instance(Frozen):
+    """An entry of the registry: what runs where."""
+
+    name: str
+    uuid: UUID
+    host: str
+    power: PowerState
+    operation: str | None = None
+    vcpus: int = 0
+    memory_mib: int = 0
+    updated_at: float = 0.0
