@@ -214,10 +214,24 @@ class GuestNotReady(Permanent):
     code = "guest_not_ready"
 
 
+class AgentUnresponsive(Permanent):
+    """The guest's agent is not there or does not answer; ACPI may still reach the guest."""
+
+    code = "agent_unresponsive"
+    default_hint = "Install qemu-guest-agent in the guest and start it."
+
+
 class DomainRejected(Permanent):
     """libvirt or QEMU refused the domain's definition or could not start it."""
 
     code = "domain_rejected"
+
+
+class ConnectionMisconfigured(Permanent):
+    """The host's URI, certificate or key is wrong: trying again cannot help."""
+
+    code = "connection_misconfigured"
+    default_hint = "Check the host's libvirt URI and the certificates or ssh key that it needs."
 
 
 class CommandFailed(Permanent):

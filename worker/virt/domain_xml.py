@@ -1,0 +1,200 @@
+"""A domain's XML from its `DomainConfig`, and the fleet's mark in it. Policy is decided elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from uuid import UUID
+
+from lxml import etree
+from lxml.builder import ElementMaker  # type: ignore[import-not-found]  # lxml-stubs lacks it
+
+from worker.errors import InvalidSpec, NotOurs
+from worker.models import Disk, DomainConfig, Owner
+
+if TYPE_CHECKING:
+    from lxml.etree import _Element
+
+NAMESPACE = "urn:virtfleet:instance:1"
+PREFIX = "virtfleet"
+AGENT_CHANNEL = "org.qemu.guest_agent.0"
+IMAGE_FORMATS = {".qcow2": "qcow2", ".raw": "raw"}
+
+
+class _Maker(Protocol):
+    """lxml's ElementMaker, which has no annotations of its own."""
+
+    def __call__(self, tag: str, *children: object, **attributes: str) -> _Element: ...
+
+    def __getattr__(self, tag: str) -> Callable[..., _Element]: ...
+
+
+E: _Maker = ElementMaker()
+_mark: _Maker = ElementMaker(namespace=NAMESPACE, nsmap={PREFIX: NAMESPACE})
+
+
+def parse(xml: str) -> _Element:
+    """XML from libvirt as a tree, without entities, DTDs or network access."""
+    parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False)
+    return etree.fromstring(xml.encode(), parser)
+
+
+def domain_xml(config: DomainConfig) -> str:
+    """The definition of `config`: the same config always gives the same text. Raises InvalidSpec."""
+    try:
+        return etree.tostring(_domain(config), encoding="unicode", pretty_print=True)
+    except ValueError as error:  # lxml refuses control characters
+        raise InvalidSpec(f"domain {config.name!r} cannot be written as XML: {error}") from error
+
+
+def owner_xml(owner: Owner) -> str:
+    """The mark as virDomainSetMetadata takes it: libvirt adds the namespace, and fails on one given."""
+    return etree.tostring(_owner(E, owner), encoding="unicode")
+
+
+def parse_owner(xml: str) -> Owner | None:
+    """Whose domain this is; None when it bears no mark. Raises NotOurs when the mark is damaged."""
+    mark = parse(xml).find(f"./metadata/{{{NAMESPACE}}}instance")
+    if mark is None:
+        return None
+    try:
+        return Owner.model_validate_strings(dict(mark.attrib))
+    except ValueError as error:
+        raise NotOurs(f"the fleet's mark in the domain's metadata is damaged: {error}") from error
+
+
+def mac_address(uuid: UUID, index: int) -> str:
+    """The address of a guest's NIC number `index`: a redefined guest keeps it without anybody storing it."""
+    digest = hashlib.sha256(f"{uuid}/{index}".encode()).digest()
+    return "52:54:00:" + ":".join(f"{byte:02x}" for byte in digest[:3])  # QEMU's locally administered prefix
+
+
+def cpu_xml(accel: str, vcpus: int = 1) -> _Element:
+    """The CPU a guest sees: the host's model under KVM, all that TCG can emulate; in one socket."""
+    topology = E.topology(sockets="1", cores=str(vcpus), threads="1")
+    return E.cpu(topology, mode="host-model" if accel == "kvm" else "maximum")
+
+
+def _domain(config: DomainConfig) -> _Element:
+    return E.domain(
+        E.name(config.name),
+        E.uuid(str(config.uuid)),
+        E.metadata(_owner(_mark, config.owner)),
+        E.memory(str(config.memory_mib), unit="MiB"),
+        E.vcpu(str(config.vcpus)),
+        E.iothreads("1"),
+        _os(config),
+        E.features(E.acpi(), E.apic()),
+        cpu_xml(config.accel, config.vcpus),
+        _clock(),
+        E.on_poweroff("destroy"),
+        E.on_reboot("restart"),
+        # A crashed guest stays off beside the console log that tells why, rather than crash again and again.
+        E.on_crash("destroy"),
+        E.pm(E("suspend-to-mem", enabled="no"), E("suspend-to-disk", enabled="no")),
+        E.devices(*_devices(config)),
+        type=config.accel,
+    )
+
+
+def _owner(maker: _Maker, owner: Owner) -> _Element:
+    return maker.instance(
+        name=owner.name, uuid=str(owner.uuid), operation=owner.operation, fence=str(owner.fence)
+    )
+
+
+def _os(config: DomainConfig) -> _Element:
+    firmware = {"firmware": "efi"} if config.firmware == "efi" else {}
+    return E.os(E.type("hvm", arch="x86_64", machine=config.machine), firmware)
+
+
+def _clock() -> _Element:
+    return E.clock(
+        E.timer(name="rtc", tickpolicy="catchup"),
+        E.timer(name="pit", tickpolicy="delay"),
+        E.timer(name="hpet", present="no"),
+        offset="utc",
+    )
+
+
+def _devices(config: DomainConfig) -> Iterator[_Element]:
+    yield E.emulator(str(config.emulator))
+    yield from (_disk(disk, config) for disk in config.disks)
+    yield E.controller(type="usb", model="none")
+    yield from _interfaces(config)
+    yield _serial(config.console_log)
+    yield E.channel(E.target(type="virtio", name=AGENT_CHANNEL), type="unix")
+    yield E.rng(E.backend("/dev/urandom", model="random"), model="virtio")
+    yield E.video(E.model(type="none"))
+    yield E.watchdog(model="i6300esb", action="reset")
+    # The host gets back at once what the guest frees.
+    yield E.memballoon(model="virtio", freePageReporting="on")
+
+
+def _disk(disk: Disk, config: DomainConfig) -> _Element:
+    element = E.disk(
+        _driver(disk, config),
+        E.source(file=str(disk.path)),
+        _backing_store(disk.backing),
+        E.target(dev=disk.target, bus="virtio"),
+        E.serial(f"{disk.role}-{disk.target}"[:20]),  # /dev/disk/by-id/virtio-...; virtio-blk has 20 bytes
+        type="file",
+        device="disk",
+    )
+    if disk.role == "root":
+        element.append(E.boot(order="1"))
+    if disk.readonly:
+        element.append(E.readonly())
+    return element
+
+
+def _driver(disk: Disk, config: DomainConfig) -> _Element:
+    # QEMU allows native AIO only on files opened with O_DIRECT.
+    io = "native" if config.disk_cache == "none" else "threads"
+    options = {"name": "qemu", "type": disk.format, "cache": config.disk_cache, "io": io, "iothread": "1"}
+    if not disk.readonly:
+        options |= {"discard": "unmap", "detect_zeroes": "unmap"}
+    return E.driver(options)
+
+
+def _backing_store(backing: Path | None) -> _Element:
+    """The whole chain, so that libvirt probes no file a guest could have written."""
+    if backing is None:
+        return E.backingStore()
+    return E.backingStore(
+        E.format(type=_format_of(backing)),
+        # The base is shared and stays root's: owned by QEMU's user, any guest's QEMU could make it writable.
+        E.source(E.seclabel(model="dac", relabel="no"), file=str(backing)),
+        E.backingStore(),
+        type="file",
+    )
+
+
+def _format_of(backing: Path) -> str:
+    if backing.suffix not in IMAGE_FORMATS:
+        raise InvalidSpec(f"backing file {backing}: its name must end in one of {', '.join(IMAGE_FORMATS)}")
+    return IMAGE_FORMATS[backing.suffix]
+
+
+def _interfaces(config: DomainConfig) -> Iterator[_Element]:
+    attached = [network for network in config.networks if network != "none"]
+    for index, network in enumerate(attached):
+        kind, _, name = network.partition(":")
+        given = config.mac_addresses[index : index + 1]
+        yield E.interface(
+            E.mac(address=given[0] if given else mac_address(config.uuid, index)),
+            E.source({kind: name}),
+            E.model(type="virtio"),
+            E.rom(enabled="no"),  # guests boot from their root disk: spare them the wait for PXE
+            type=kind,
+        )
+
+
+def _serial(log: Path) -> _Element:
+    return E.serial(
+        E.log(file=str(log), append="on"),
+        E.target(E.model(name="isa-serial"), type="isa-serial", port="0"),
+        type="pty",
+    )

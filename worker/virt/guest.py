@@ -1,0 +1,281 @@
+"""One domain and what can be done to it: a method per verb, each safe to repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from uuid import UUID
+
+import libvirt
+import libvirt_qemu
+from tenacity import retry, retry_if_exception_type, stop_after_attempt
+
+from worker.errors import (
+    AgentUnresponsive,
+    FencedOff,
+    InstanceNotFound,
+    InvalidState,
+)
+from worker.models import Owner, PowerState
+from worker.virt.domain_xml import NAMESPACE, PREFIX, owner_xml, parse, parse_owner
+from worker.virt.faults import translated
+
+_GUEST_PING = '{"execute":"guest-ping"}'
+
+# PMSUSPENDED is a guest that sleeps in its own S3; SHUTDOWN one that still runs its way down.
+_POWER = {
+    libvirt.VIR_DOMAIN_NOSTATE: PowerState.RUNNING,
+    libvirt.VIR_DOMAIN_RUNNING: PowerState.RUNNING,
+    libvirt.VIR_DOMAIN_BLOCKED: PowerState.RUNNING,
+    libvirt.VIR_DOMAIN_SHUTDOWN: PowerState.RUNNING,
+    libvirt.VIR_DOMAIN_PAUSED: PowerState.PAUSED,
+    libvirt.VIR_DOMAIN_PMSUSPENDED: PowerState.PAUSED,
+    libvirt.VIR_DOMAIN_SHUTOFF: PowerState.OFF,
+    libvirt.VIR_DOMAIN_CRASHED: PowerState.CRASHED,
+}
+
+_UNDEFINE_ALL = (
+    libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+    | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+    | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+    | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+)
+# What a libvirt or driver that lacks the newer flags is asked instead, in this order.
+_UNDEFINE_FLAGS = (
+    _UNDEFINE_ALL,
+    _UNDEFINE_ALL & ~libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA,
+    libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA,
+)
+
+
+class Guest:
+    """A domain on one host. Every method raises the errors of `worker.errors` only."""
+
+    def __init__(self, domain: libvirt.virDomain, host: str) -> None:
+        self._domain = domain
+        self._host = host
+
+    def __repr__(self) -> str:
+        return f"<Guest {self.name} ({self.uuid}) on {self._host}>"
+
+    def _trying_to(self, verb: str) -> AbstractContextManager[None]:
+        return translated(f"{verb} {self.name}", self._host)
+
+    @property
+    def name(self) -> str:
+        """The domain's name; asks nobody."""
+        return str(self._domain.name())
+
+    @property
+    def uuid(self) -> UUID:
+        """The domain's uuid, which is the instance's; asks nobody."""
+        return UUID(self._domain.UUIDString())
+
+    # --- what it is ---------------------------------------------------------------------------------------
+
+    def power(self) -> PowerState:
+        """What the guest does now; MISSING when the domain is gone, SAVED when off with its memory kept."""
+        try:
+            with self._trying_to("read the state of"):
+                state, reason = self._domain.state()
+                saved = state == libvirt.VIR_DOMAIN_SHUTOFF and bool(self._domain.hasManagedSaveImage())
+        except InstanceNotFound:
+            return PowerState.MISSING
+        if saved:
+            return PowerState.SAVED
+        if (state, reason) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_CRASHED):
+            return PowerState.CRASHED
+        return _POWER[state]
+
+    def is_active(self) -> bool:
+        """Whether there is a QEMU process: running, paused or crashed. False when the domain is gone."""
+        try:
+            with self._trying_to("read the state of"):
+                return bool(self._domain.isActive())
+        except InstanceNotFound:
+            return False
+
+    def is_persistent(self) -> bool:
+        """Whether the definition outlives the guest's power-off."""
+        with self._trying_to("read the definition of"):
+            return bool(self._domain.isPersistent())
+
+    def has_managed_save(self) -> bool:
+        """Whether the guest's memory is kept in a file that the next start resumes from."""
+        with self._trying_to("read the saved state of"):
+            return bool(self._domain.hasManagedSaveImage())
+
+    def xml(self, *, inactive: bool = False) -> str:
+        """The domain as it runs, or with `inactive` as it will start next: fit to be defined again."""
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE if inactive else 0
+        with self._trying_to("read the definition of"):
+            return str(self._domain.XMLDesc(flags))
+
+    def disk_paths(self) -> dict[str, Path]:
+        """Target (vda, ...) and file of each disk, as the guest uses them now."""
+        disks = parse(self.xml()).iterfind("./devices/disk")
+        found = ((disk.find("target"), disk.find("source[@file]")) for disk in disks)
+        return {
+            str(target.get("dev")): Path(str(source.get("file")))
+            for target, source in found
+            if target is not None and source is not None
+        }
+
+    # --- whose it is --------------------------------------------------------------------------------------
+
+    def owner(self) -> Owner | None:
+        """Whose the domain is by its metadata; None when it is not the fleet's."""
+        return parse_owner(self.xml())
+
+    def check_fence(self, owner: Owner) -> None:
+        """Raise FencedOff when the domain belongs to a newer execution than `owner`."""
+        current = self.owner()
+        if current is not None and owner.fence < current.fence:
+            raise FencedOff(
+                f"{self.name} on host {self._host} belongs to operation {current.operation} with fence"
+                f" {current.fence}; operation {owner.operation} with fence {owner.fence} came too late",
+                instance=self.name,
+                fence=owner.fence,
+                current_operation=current.operation,
+                current_fence=current.fence,
+            )
+
+    # The guest may stop or start between the look at it and the write: then look again.
+    @retry(retry=retry_if_exception_type(InvalidState), stop=stop_after_attempt(3), reraise=True)
+    def claim(self, owner: Owner) -> None:
+        """Write `owner` into the running and the stored definition, durably. Raises FencedOff."""
+        self.check_fence(owner)
+        flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG if self.is_persistent() else 0
+        if self.is_active():
+            flags |= libvirt.VIR_DOMAIN_AFFECT_LIVE
+        with self._trying_to("claim"):
+            self._domain.setMetadata(
+                libvirt.VIR_DOMAIN_METADATA_ELEMENT, owner_xml(owner), PREFIX, NAMESPACE, flags
+            )
+
+    # --- power --------------------------------------------------------------------------------------------
+
+    def start(self, *, paused: bool = False) -> None:
+        """Start, or resume from a managed save. Active already is success; crashed is InvalidState."""
+        flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+        try:
+            with self._trying_to("start"):
+                self._domain.createWithFlags(flags)
+        except InvalidState:
+            if self.power() not in (PowerState.RUNNING, PowerState.PAUSED):
+                raise
+
+    def shutdown(self, *, agent: bool = False) -> None:
+        """Ask the guest to power off and return at once; off already is success.
+
+        By ACPI, which a guest that is still booting ignores: ask again. With `agent` by its agent first.
+        """
+        flags = libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN
+        if agent:
+            flags |= libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT
+        with self._off_is_success("shut down"):
+            self._domain.shutdownFlags(flags)
+
+    def destroy(self, *, graceful: bool = False) -> None:
+        """Take the power away; off already or gone is success.
+
+        With `graceful` QEMU is only asked to end, never killed, and StateLockBusy says that it did not.
+        """
+        flags = libvirt.VIR_DOMAIN_DESTROY_GRACEFUL if graceful else 0
+        with self._off_is_success("power off"):
+            self._domain.destroyFlags(flags)
+
+    @contextmanager
+    def _off_is_success(self, verb: str) -> Iterator[None]:
+        try:
+            with self._trying_to(verb):
+                yield
+        except (InstanceNotFound, InvalidState):
+            if self.is_active():
+                raise
+
+    def reboot(self, *, agent: bool = False) -> None:
+        """Ask the guest to boot again and return at once. Raises InvalidState when it is off."""
+        flags = libvirt.VIR_DOMAIN_REBOOT_ACPI_POWER_BTN
+        if agent:
+            flags |= libvirt.VIR_DOMAIN_REBOOT_GUEST_AGENT
+        with self._trying_to("reboot"):
+            self._domain.reboot(flags)
+
+    def reset(self) -> None:
+        """Press the reset button: the guest boots again at once. Raises InvalidState when it is off."""
+        with self._trying_to("reset"):
+            self._domain.reset()
+
+    def pause(self) -> None:
+        """Stop the guest's CPUs; paused already is success. Raises InvalidState when it is off."""
+        try:
+            with self._trying_to("pause"):
+                self._domain.suspend()
+        except InvalidState:
+            if self.power() is not PowerState.PAUSED:
+                raise
+
+    def resume(self) -> None:
+        """Let a paused or sleeping guest run; running already is success. InvalidState when it is off."""
+        with self._trying_to("read the state of"):
+            asleep = self._domain.state()[0] == libvirt.VIR_DOMAIN_PMSUSPENDED
+        try:
+            with self._trying_to("resume"):
+                self._domain.pMWakeup() if asleep else self._domain.resume()
+        except InvalidState:
+            if self.power() is not PowerState.RUNNING:
+                raise
+
+    # --- definition ---------------------------------------------------------------------------------------
+
+    def autostart(self) -> bool:
+        """Whether the host starts the guest when it boots."""
+        with self._trying_to("read the definition of"):
+            return bool(self._domain.autostart())
+
+    def set_autostart(self, *, enabled: bool) -> None:
+        """Choose whether the host starts the guest when it boots."""
+        with self._trying_to("set the autostart of"):
+            self._domain.setAutostart(int(enabled))
+
+    def undefine(self) -> None:
+        """Forget the domain, its NVRAM, saved memory and snapshot records, never its disks; gone is success.
+
+        Raises InvalidState while the guest runs: libvirt would make it transient, lost at its power-off.
+        """
+        if self.is_active():
+            raise InvalidState(
+                f"cannot undefine {self.name} on host {self._host}: it is running", hint="Power it off first."
+            )
+        try:
+            with self._trying_to("undefine"):
+                self._undefine()
+        except InstanceNotFound:
+            return
+
+    def _undefine(self) -> None:
+        for flags in _UNDEFINE_FLAGS[:-1]:
+            try:
+                self._domain.undefineFlags(flags)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_INVALID_ARG:
+                    raise
+            else:
+                return
+        self._domain.undefineFlags(_UNDEFINE_FLAGS[-1])
+
+    # --- agent --------------------------------------------------------------------------------------------
+
+    def agent_answers(self, timeout: float) -> bool:
+        """Whether the guest agent answers a ping within about `timeout` seconds (at least 1).
+
+        No channel, no agent, a silent one and a guest that is off are all False.
+        """
+        try:
+            with self._trying_to("ping the agent of"):
+                libvirt_qemu.qemuAgentCommand(self._domain, _GUEST_PING, max(1, int(timeout)), 0)
+        except (AgentUnresponsive, InvalidState, InstanceNotFound):
+            return False
+        return True

@@ -1,0 +1,198 @@
+"""One KVM host through its libvirtd: find guests, define them, and tell what the host can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import libvirt
+
+from worker.errors import HypervisorError, InstanceNotFound, NetworkNotFound, UnsupportedByHost
+from worker.models import DomainConfig
+from worker.virt.connection import connected
+from worker.virt.domain_xml import domain_xml, parse
+from worker.virt.faults import translated
+from worker.virt.guest import Guest
+
+MACHINE = "q35"
+LOCAL_INTERFACES = Path("/sys/class/net")
+
+
+@dataclass(frozen=True)
+class DomainCapabilities:
+    """What guests of one kind can have on a host."""
+
+    emulator: Path
+    machine: str
+    efi: bool
+    max_vcpus: int
+
+
+class Host:
+    """An open connection to a host's libvirtd. Every method raises the errors of `worker.errors` only."""
+
+    def __init__(self, connection: libvirt.virConnect, *, uri: str, name: str) -> None:
+        self._connection = connection
+        self._uri = uri
+        self.name = name
+
+    @classmethod
+    @contextmanager
+    def open(cls, uri: str, *, name: str, timeout: float) -> Iterator[Host]:
+        """The host at `uri`, called `name`, connected within `timeout` seconds, for the length of a `with`.
+
+        Raises HostUnreachable after a few attempts, ConnectionMisconfigured at once.
+        """
+        with connected(uri, name=name, timeout=timeout) as connection:
+            yield cls(connection, uri=uri, name=name)
+
+    @property
+    def connection(self) -> libvirt.virConnect:
+        """libvirt's own handle, for the modules of `worker.virt` only."""
+        return self._connection
+
+    def _trying_to(self, doing: str) -> AbstractContextManager[None]:
+        return translated(doing, self.name)
+
+    # --- the host itself ----------------------------------------------------------------------------------
+
+    @property
+    def hostname(self) -> str:
+        """What the host calls itself."""
+        with self._trying_to("read the host's name"):
+            return str(self._connection.getHostname())
+
+    @property
+    def libvirt_version(self) -> tuple[int, int, int]:
+        """The version of the host's libvirtd: (9, 0, 0)."""
+        with self._trying_to("read libvirt's version"):
+            version = int(self._connection.getLibVersion())
+        return version // 1_000_000, version // 1_000 % 1_000, version % 1_000
+
+    def alive_call(self) -> None:
+        """One round trip (0.3 ms on a local socket). Raises HostUnreachable when libvirtd does not answer."""
+        with self._trying_to("reach libvirt"):
+            self._connection.getLibVersion()
+
+    def domain_capabilities(self, accel: Literal["kvm", "qemu"]) -> DomainCapabilities:
+        """What a guest under `accel` can have here. Raises UnsupportedByHost when there can be none."""
+        try:
+            with self._trying_to(f"run guests under {accel}"):
+                arch = str(self._connection.getInfo()[0])
+                xml = self._connection.getDomainCapabilities(None, arch, MACHINE, accel)
+        except HypervisorError as error:  # QEMU without that accelerator is VIR_ERR_INVALID_ARG
+            raise UnsupportedByHost(error.message, **error.details) from error
+        tree = parse(xml)
+        firmware = [value.text for value in tree.iterfind("./os/enum[@name='firmware']/value")]
+        vcpu = tree.find("vcpu")
+        return DomainCapabilities(
+            emulator=Path(tree.findtext("path", "")),
+            machine=tree.findtext("machine", MACHINE),
+            efi="efi" in firmware,
+            max_vcpus=int(vcpu.get("max", 1)) if vcpu is not None else 1,
+        )
+
+    # --- networks -----------------------------------------------------------------------------------------
+
+    def check_network(self, network: str) -> None:
+        """Raise NetworkNotFound unless `network` (none, network:NAME or bridge:NAME) can be used now.
+
+        libvirt itself would find a missing one only when the guest starts, with everything else already made.
+        """
+        kind, _, name = network.partition(":")
+        if kind == "network":
+            self._check_libvirt_network(name)
+        elif kind == "bridge":
+            self._check_bridge(name)
+
+    def _check_libvirt_network(self, name: str) -> None:
+        with self._trying_to("list the networks"):
+            active = {str(net.name()): bool(net.isActive()) for net in self._connection.listAllNetworks()}
+        if name not in active:
+            raise self._network_not_found(f"network {name!r}", "networks", active)
+        if not active[name]:
+            raise NetworkNotFound(
+                f"network {name!r} on host {self.name} is not active",
+                hint=f"Start it: virsh net-start {name}",
+            )
+
+    def _check_bridge(self, name: str) -> None:
+        interfaces = self._interfaces()
+        if name not in interfaces:
+            raise self._network_not_found(f"bridge {name!r}", "interfaces", interfaces)
+
+    def _network_not_found(self, what: str, kind: str, known: Iterable[str]) -> NetworkNotFound:
+        there_is = ", ".join(sorted(known)) or "none"
+        return NetworkNotFound(
+            f"host {self.name} has no {what}; its {kind}: {there_is}", host=self.name, known=sorted(known)
+        )
+
+    def _interfaces(self) -> set[str]:
+        """The host's network interfaces, by all who know some.
+
+        No source knows all of them everywhere: libvirt's interface driver, built with netcf, lists only
+        configured ones; its device list misses later ones where no udevd runs; and /sys speaks only for a
+        libvirtd on this machine.
+        """
+        found: set[str] = set()
+        with suppress(UnsupportedByHost), self._trying_to("list the interfaces"):
+            found |= {str(interface.name()) for interface in self._connection.listAllInterfaces()}
+        with suppress(UnsupportedByHost), self._trying_to("list the network devices"):
+            devices = self._connection.listAllDevices(libvirt.VIR_CONNECT_LIST_NODE_DEVICES_CAP_NET)
+            found |= {parse(device.XMLDesc()).findtext("capability/interface", "") for device in devices}
+        if self._is_local():
+            found |= {entry.name for entry in LOCAL_INTERFACES.iterdir()}
+        return found - {"", "lo"}
+
+    def _is_local(self) -> bool:
+        uri = urlsplit(self._uri)
+        return not uri.netloc and "+" not in uri.scheme
+
+    # --- guests -------------------------------------------------------------------------------------------
+
+    def guest(self, uuid: UUID | str) -> Guest:
+        """The guest with that uuid. Raises InstanceNotFound."""
+        with self._trying_to(f"find domain {uuid}"):
+            return Guest(self._connection.lookupByUUIDString(str(uuid)), self.name)
+
+    def find(self, name: str) -> Guest | None:
+        """The guest whose domain has that name."""
+        try:
+            with self._trying_to(f"find domain {name}"):
+                return Guest(self._connection.lookupByName(name), self.name)
+        except InstanceNotFound:
+            return None
+
+    def find_uuid(self, uuid: UUID | str) -> Guest | None:
+        """The guest with that uuid, if there is one."""
+        try:
+            return self.guest(uuid)
+        except InstanceNotFound:
+            return None
+
+    def guests(self) -> list[Guest]:
+        """All domains of the host, the fleet's and others, running or not."""
+        with self._trying_to("list the domains"):
+            return [Guest(domain, self.name) for domain in self._connection.listAllDomains()]
+
+    def define(self, config: DomainConfig) -> Guest:
+        """Define `config`, or define it anew when its uuid is there already.
+
+        Raises FencedOff when a newer execution owns the domain, InstanceExists when another has the name.
+        """
+        existing = self.find_uuid(config.uuid)
+        if existing is not None:
+            existing.check_fence(config.owner)
+        return self.define_xml(domain_xml(config), name=config.name)
+
+    def define_xml(self, xml: str, *, name: str = "a domain") -> Guest:
+        """Define from XML as `Guest.xml(inactive=True)` gave it. Raises DomainRejected."""
+        with self._trying_to(f"define {name}"):
+            # Without validation libvirt drops what it does not know, and says nothing.
+            domain = self._connection.defineXMLFlags(xml, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+        return Guest(domain, self.name)
