@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from worker.errors import InvalidSpec
 from worker.settings import Accel, RootDisk
 
 MIB = 1024**2
@@ -17,7 +18,7 @@ GIB = 1024**3
 MAX_USER_DATA_BYTES = MIB
 
 NAME_RULE = "1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit"
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
 _NETWORK = re.compile(r"^(none|(bridge|network):[A-Za-z0-9][A-Za-z0-9._-]{0,62})$")
 
 
@@ -25,6 +26,18 @@ class Frozen(BaseModel):
     """Base of all models: immutable, and unknown fields are errors rather than typos that pass."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _checked_name(value: str) -> str:
+    if not _NAME.match(value):
+        raise ValueError(f"allowed: {NAME_RULE}")
+    return value
+
+
+def _checked_sha256(value: str) -> str:
+    if not re.match(r"^[0-9a-fA-F]{64}$", value):
+        raise ValueError("allowed: 64 hexadecimal digits")
+    return value.lower()
 
 
 def _checked_network(value: str) -> str:
@@ -46,14 +59,38 @@ def _checked_ssh_key(value: str) -> str:
     return value.strip()
 
 
-Name = Annotated[str, StringConstraints(pattern=_NAME)]
+Name = Annotated[str, AfterValidator(_checked_name)]
 Network = Annotated[str, AfterValidator(_checked_network)]
 UserData = Annotated[str, AfterValidator(_checked_user_data)]
 SshKey = Annotated[str, AfterValidator(_checked_ssh_key)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$", to_lower=True)]
+Sha256 = Annotated[str, AfterValidator(_checked_sha256)]
 DiskFormat = Literal["qcow2", "raw"]
 Firmware = Literal["bios", "efi"]
 WaitFor = Literal["running", "agent", "console"]
+
+
+def explain(error: ValidationError) -> InvalidSpec:
+    """Say in plain words which fields are wrong, what was given and what is allowed."""
+    found = []
+    for one in error.errors(include_url=False, include_context=False):
+        field = ".".join(str(part) for part in one["loc"]) or "request"
+        if one["type"] == "extra_forbidden":
+            allowed = "no such field"
+        else:
+            allowed = one["msg"].removeprefix("Value error, ")
+        found.append({"field": field, "given": _short(one["input"]), "allowed": allowed})
+    lines = [
+        f"{one['field']}: {one['allowed']}"
+        if one["allowed"].startswith("Field required")
+        else f"{one['field']}: {one['allowed']} (given: {one['given']})"
+        for one in found
+    ]
+    return InvalidSpec("; ".join(lines), fields=found, **found[0])
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 class PowerState(StrEnum):

@@ -1,0 +1,72 @@
+"""The connection to Redis: opened once per process, fails fast, and speaks in the fleet's own errors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from worker.errors import BrokerUnavailable
+from worker.settings import get_settings
+
+Redis = redis.Redis
+"""A client whose answers are text."""
+
+UNAVAILABLE = (
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    redis.exceptions.BusyLoadingError,
+    redis.exceptions.ReadOnlyError,
+)
+"""What Redis answers while it is away, loads its data, or is a replica that waits to be promoted."""
+
+
+def connect(url: str) -> Redis:
+    """A client for `url` that gives up within 2 s when nobody answers there."""
+    return redis.Redis.from_url(
+        url,
+        decode_responses=True,
+        socket_connect_timeout=2,
+        socket_timeout=5,
+        socket_keepalive=True,
+        health_check_interval=25,
+        # A pooled connection that died with its server is replaced once; more would only delay the clear error.
+        retry=Retry(NoBackoff(), 1),
+        retry_on_error=[redis.exceptions.ConnectionError],
+    )
+
+
+@functools.cache
+def _of_process(url: str, pid: int) -> Redis:  # noqa: ARG001 - a forked child must not share its parent's sockets
+    return connect(url)
+
+
+def shared() -> Redis:
+    """This process' client for the Redis of the settings."""
+    return _of_process(get_settings().redis_url, os.getpid())
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Turn what redis-py raises while Redis is away into `BrokerUnavailable`."""
+    try:
+        yield
+    except UNAVAILABLE as error:
+        raise BrokerUnavailable(f"Redis at {_shown_url()} does not answer: {error}") from error
+
+
+def _shown_url() -> str:
+    url = get_settings().redis_url
+    scheme, separator, rest = url.partition("://")
+    return scheme + separator + rest.rpartition("@")[2]  # never a password in a message
+
+
+def text(value: Any) -> str:
+    """A value as Redis keeps it in a hash."""
+    return value if isinstance(value, str) else str(value)

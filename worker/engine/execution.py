@@ -1,0 +1,124 @@
+"""Executing one step once: take its lease, do the work, put down how it ended, see to what comes next."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from celery.exceptions import Ignore
+
+from worker.engine.advance import advance, turn_back
+from worker.engine.journal import Answer, Journal, Outcome, Phase, journal
+from worker.engine.lease import LeaseKeeper
+from worker.engine.patience import patiently
+from worker.engine.record import UNDO_STEP, State
+from worker.engine.step_context import StepContext
+from worker.errors import Cancelled, FencedOff, FleetError, InternalError
+
+if TYPE_CHECKING:
+    from worker.engine.step import Step
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended."""
+
+    outcome: Outcome
+    result: Any = None
+    error: FleetError | None = None
+
+
+def execute(made: Step[Any], task: Any, operation_id: str, key: str) -> Any:
+    """Body of every step's Celery task. Messages that come twice, late or out of turn do no harm."""
+    book = journal()
+    phase: Phase = "undo" if key.startswith(UNDO_STEP) else "run"
+    worker, token = str(task.request.hostname), secrets.token_hex(8)
+    with structlog.contextvars.bound_contextvars(operation=operation_id, step=key):
+        answer, lease = patiently(book.acquire, operation_id, key, worker, token, phase)
+        if lease is None:
+            return _decline(book, answer, operation_id, key)
+        with LeaseKeeper(book, lease) as keeper:
+            ctx = StepContext(patiently(book.read, operation_id), lease, keeper, book, task)
+            ending = _attempt(made, ctx)
+            committed = _commit(made, ctx, book, keeper, ending)
+        return _go_on(task, ctx, ending, committed=committed)
+
+
+def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
+    log.info("begins", instance=ctx.instance, attempt=ctx.lease.attempt, fence=ctx.fence)
+    try:
+        result = made.run(ctx)
+        ctx.flush()
+        return Ending("done", result)
+    except FleetError as error:
+        may_retry = error.retryable and ctx.lease.attempt < made.retries.attempts
+        return Ending("retry" if may_retry else "failed", error=error)
+    except Exception as error:
+        log.exception("unforeseen error")
+        return Ending("failed", error=InternalError(f"{type(error).__name__}: {error}"))
+
+
+def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeeper, ending: Ending) -> bool:
+    """Put the ending down, waiting for Redis as long as it takes; False when a newer execution owns the step."""
+    if isinstance(ending.error, FencedOff):
+        return False
+    lease, error = ctx.lease, ending.error
+    fields = {"result": ending.result} if error is None else {"error": _told(error, made, ctx)}
+    pause = made.retries.pause(lease.attempt) if ending.outcome == "retry" else ctx.settings.publish_grace
+    verdict = _verdict(ctx, book, error) if error and ending.outcome == "failed" else None
+
+    def commit() -> str:
+        return patiently(book.commit, lease, ending.outcome, look_in=pause, verdict=verdict, **fields)
+
+    answer = commit()
+    if answer == "gone":
+        patiently(keeper.restore)
+        answer = commit()
+    return answer == "ok"
+
+
+def _told(error: FleetError, made: Step[Any], ctx: StepContext) -> dict[str, Any]:
+    """The error with where and when it happened."""
+    attempts = {"attempt": ctx.lease.attempt, "attempts": made.retries.attempts}
+    return {**error.as_dict(), "step": ctx.lease.step, "host": ctx.host, **attempts}
+
+
+def _verdict(ctx: StepContext, book: Journal, error: FleetError) -> State | None:
+    """How the operation will end once it is undone; an undo step that fails has no say in that."""
+    if ctx.lease.step.startswith(UNDO_STEP):
+        return None
+    if isinstance(error, Cancelled):
+        return State.CANCELLED
+    made_nothing = not patiently(book.read, ctx.operation).undo
+    return State.REJECTED if error.bad_input and made_nothing else State.FAILED
+
+
+def _go_on(task: Any, ctx: StepContext, ending: Ending, *, committed: bool) -> Any:
+    """Leave what follows to Celery's chain where there is one; else see what the operation needs now."""
+    if not committed:
+        log.warning("refused: a newer execution owns this step")
+        raise Ignore
+    if ending.error is None:
+        if not task.request.chain:
+            advance(ctx.operation, prompt=True)
+        return ending.result
+    log.warning(ending.outcome, code=ending.error.code, error=str(ending.error), attempt=ctx.lease.attempt)
+    if ending.outcome == "retry":
+        raise Ignore  # the reaper publishes it when it is due: a message with an ETA would kill a Celery 5.7 worker
+    advance(ctx.operation, prompt=True)
+    raise ending.error
+
+
+def _decline(book: Journal, answer: Answer, operation_id: str, key: str) -> Any:
+    """A message for a step that is not to run now: go on where it is done already, else end quietly."""
+    log.info("declined", answer=answer)
+    if answer == "done":
+        record = patiently(book.read, operation_id)
+        return record.steps[key].result if key in record.steps else None
+    if answer == "cancel":
+        turn_back(operation_id)
+    raise Ignore

@@ -1,0 +1,321 @@
+"""The journal: the durable record of operations and their steps in Redis, changed only by atomic scripts.
+
+Each method is one script in `lua/`, whose first lines say what it promises. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal, cast
+
+from worker.engine import keys
+from worker.engine.connection import Redis, shared, text, translated
+from worker.engine.record import SCHEMA, Record, Stages, State, StepRecord, UndoEntry, parse
+from worker.errors import OperationNotFound
+from worker.settings import get_settings
+
+Answer = Literal["yours", "done", "leased", "early", "cancel", "ended", "gone"]
+Phase = Literal["run", "undo"]
+Outcome = Literal["done", "retry", "failed"]
+Kept = Literal["held", "stop", "lost", "gone"]
+Committed = Literal["ok", "refused", "gone"]
+
+_OPERATION_PREFIX = keys.operation("")
+
+
+@functools.cache
+def _source(name: str) -> str:
+    return resources.files("worker.engine").joinpath("lua", f"{name}.lua").read_text()
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What became of a request for admission."""
+
+    outcome: Literal["admitted", "exists", "busy"]
+    detail: str
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to execute one step, as long as it is renewed."""
+
+    operation: str
+    step: str
+    token: str
+    fence: int
+    attempt: int
+
+
+class Journal:
+    """Reads and writes the records of operations. Raises `BrokerUnavailable` while Redis is away."""
+
+    def __init__(self, redis: Redis) -> None:
+        self.redis = redis
+        self._scripts: dict[str, Callable[..., Any]] = {}
+
+    def _run(self, script: str, script_keys: Iterable[str], *args: Any) -> Any:
+        if script not in self._scripts:
+            self._scripts[script] = self.redis.register_script(_source(script))
+        with translated():
+            return self._scripts[script](keys=list(script_keys), args=[text(arg) for arg in args])
+
+    def now(self) -> float:
+        """Seconds since the epoch by Redis' clock."""
+        with translated():
+            seconds, micro = self.redis.time()
+        return seconds + micro / 1e6
+
+    def uptime(self) -> float:
+        """Seconds since Redis started."""
+        with translated():
+            return float(self.redis.info("server")["uptime_in_seconds"])
+
+    # --- taking in -----------------------------------------------------------------------------------------------
+
+    def admit(
+        self, operation_id: str, head: dict[str, Any], digest: str, stages: Stages, *, wait: bool
+    ) -> Admission:
+        """Write a new operation down and claim its instance."""
+        instance = head["instance"]
+        plan = [[step.as_dict() for step in stage] for stage in stages]
+        outcome, detail = self._run(
+            "admit",
+            [
+                keys.operation(operation_id),
+                keys.claim(instance),
+                keys.waiting(instance),
+                keys.ATTENTION,
+                keys.OPERATIONS,
+            ],
+            operation_id,
+            digest,
+            get_settings().publish_grace,
+            "1" if wait else "",
+            _OPERATION_PREFIX,
+            *("head", json.dumps({"schema": SCHEMA, **head}), "plan", json.dumps(plan)),
+        )
+        return Admission(outcome, detail)
+
+    def reject(self, operation_id: str, head: dict[str, Any], error: dict[str, Any]) -> None:
+        """Keep a record of a request that was turned away."""
+        self._run(
+            "reject",
+            [keys.operation(operation_id), keys.OPERATIONS],
+            operation_id,
+            int(get_settings().keep_records),
+            *("head", json.dumps({"schema": SCHEMA, **head}), "error", json.dumps(error)),
+        )
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def read(self, operation_id: str) -> Record:
+        """The record of an operation. Raises `OperationNotFound`."""
+        record = self.find(operation_id)
+        if record is None:
+            raise OperationNotFound(f"no operation {operation_id!r} is in the journal")
+        return record
+
+    def find(self, operation_id: str) -> Record | None:
+        """The record of an operation, if there is one."""
+        fields, undo = self.dump(operation_id)
+        return parse(operation_id, fields, undo) if fields else None
+
+    def dump(self, operation_id: str) -> tuple[dict[str, str], list[str]]:
+        """An operation's fields and undo entries as Redis holds them, of one instant."""
+        with translated():
+            pipe = self.redis.pipeline(transaction=True)
+            pipe.hgetall(keys.operation(operation_id))
+            pipe.lrange(keys.undo(operation_id), 0, -1)
+            fields, undo = pipe.execute()
+        return fields, undo
+
+    def latest(self, limit: int, *, unfinished: bool = False) -> list[Record]:
+        """Records of operations, newest first; `unfinished` ones only, when asked for."""
+        with translated():
+            if unfinished:
+                ids = cast("list[str]", self.redis.zrange(keys.ATTENTION, 0, limit - 1))
+            else:
+                ids = cast("list[str]", self.redis.zrevrange(keys.OPERATIONS, 0, limit - 1))
+        records = [record for record in map(self.find, ids) if record]
+        return sorted(records, key=lambda record: record.submitted_at, reverse=True)
+
+    def leases(self, record: Record, steps: Iterable[StepRecord]) -> dict[str, float]:
+        """Seconds that the lease of each of these steps still runs, for those that are leased."""
+        wanted = [step.key for step in steps]
+        if not wanted:
+            return {}
+        with translated():
+            pipe = self.redis.pipeline(transaction=False)
+            for key in wanted:
+                pipe.pttl(keys.lease(record.id, key))
+            left = pipe.execute()
+        return {key: ms / 1000 for key, ms in zip(wanted, left, strict=True) if ms > 0}
+
+    def due(self, limit: int) -> list[str]:
+        """Ids of operations whose time to be looked at has come, the longest overdue first."""
+        now = self.now()
+        with translated():
+            return cast(
+                "list[str]", self.redis.zrangebyscore(keys.ATTENTION, "-inf", now, start=0, num=limit)
+            )
+
+    def look_in(self, operation_id: str, seconds: float) -> None:
+        """Have the reaper look at an operation that has not ended in `seconds` from now."""
+        at = self.now() + seconds
+        with translated():
+            self.redis.zadd(keys.ATTENTION, {operation_id: at}, xx=True)
+
+    def forget_attention(self, operation_id: str) -> None:
+        """Nothing is left to look at."""
+        with translated():
+            self.redis.zrem(keys.ATTENTION, operation_id)
+
+    # --- executing -----------------------------------------------------------------------------------------------
+
+    def acquire(
+        self, operation_id: str, step: str, worker: str, token: str, phase: Phase
+    ) -> tuple[Answer, Lease | None]:
+        """Ask to execute a step; with the answer "yours" comes a lease."""
+        answer = self._run(
+            "acquire",
+            [keys.operation(operation_id), keys.lease(operation_id, step), keys.ATTENTION, keys.FENCE],
+            *(operation_id, step, worker, token, int(get_settings().lease_ttl * 1000), phase),
+        )
+        if answer[0] != "yours":
+            return answer[0], None
+        return "yours", Lease(operation_id, step, token, int(answer[1]), int(answer[2]))
+
+    def renew(self, lease: Lease) -> tuple[Kept, bool]:
+        """Keep a lease; also says whether a cancel was asked for."""
+        kept, cancel = self._run(
+            "renew",
+            [keys.operation(lease.operation), keys.lease(lease.operation, lease.step)],
+            *(lease.step, lease.token, lease.fence, int(get_settings().lease_ttl * 1000)),
+        )
+        return kept, bool(cancel)
+
+    def commit(
+        self, lease: Lease, outcome: Outcome, *, look_in: float, verdict: State | None = None, **fields: Any
+    ) -> Committed:
+        """Put down how a step ended. With `verdict`, the operation turns back in the same instant."""
+        pairs = [part for name, value in fields.items() for part in (name, json.dumps(value))]
+        answer = self._run(
+            "commit",
+            [keys.operation(lease.operation), keys.lease(lease.operation, lease.step), keys.ATTENTION],
+            *(lease.operation, lease.step, lease.token, lease.fence, outcome, look_in, verdict or "", *pairs),
+        )
+        return cast("Committed", answer)
+
+    def push_undo(self, lease: Lease, entry: UndoEntry) -> Committed:
+        """Put down how to undo what is about to be done."""
+        answer = self._run(
+            "push_undo",
+            [keys.operation(lease.operation), keys.undo(lease.operation)],
+            *(lease.step, lease.fence, entry.as_json()),
+        )
+        return cast("Committed", answer)
+
+    def mark_published(self, operation_id: str, steps: Iterable[str]) -> None:
+        """Remember that messages for these steps went out just now."""
+        now = self.now()
+        with translated():
+            pipe = self.redis.pipeline(transaction=True)
+            for step in steps:
+                pipe.hset(keys.operation(operation_id), f"step:{step}:published", f"{now:.6f}")
+                pipe.hincrby(keys.operation(operation_id), f"step:{step}:publications", 1)
+            pipe.execute()
+
+    def restore(self, lease: Lease, fields: dict[str, str], undo: list[str]) -> bool:
+        """Put back a record that Redis has lost; True when this call did it."""
+        head = json.loads(fields["head"])
+        pairs = [part for pair in fields.items() for part in pair]
+        return bool(
+            self._run(
+                "restore",
+                [
+                    keys.operation(lease.operation),
+                    keys.claim(head["instance"]),
+                    keys.undo(lease.operation),
+                    keys.ATTENTION,
+                    keys.OPERATIONS,
+                    keys.FENCE,
+                ],
+                *(lease.operation, lease.fence, fields["submitted_at"], len(undo), *undo, *pairs),
+            )
+        )
+
+    # --- turning back and ending ---------------------------------------------------------------------------------
+
+    def cancel(self, operation_id: str) -> State:
+        """Ask an operation to stop; the state it was in. Raises `OperationNotFound`."""
+        state = self._run("cancel", [keys.operation(operation_id), keys.ATTENTION], operation_id)
+        if not state:
+            raise OperationNotFound(f"no operation {operation_id!r} is in the journal")
+        return State(state)
+
+    def begin_undo(self, operation_id: str, verdict: State, error: dict[str, Any]) -> None:
+        """Turn an operation back; it will end in `verdict`."""
+        self._run(
+            "begin_undo",
+            [keys.operation(operation_id), keys.ATTENTION],
+            *(operation_id, verdict, json.dumps(error)),
+        )
+
+    def conclude(self, record: Record, state: State) -> tuple[bool, str]:
+        """End an operation; whether this call did it, and the id of the operation that has the instance next."""
+        keep = 0 if state is State.STUCK else int(get_settings().keep_records)
+        first, heir = self._run(
+            "conclude",
+            [
+                keys.operation(record.id),
+                keys.claim(record.instance),
+                keys.waiting(record.instance),
+                keys.ATTENTION,
+                keys.progress(record.id),
+                keys.undo(record.id),
+                keys.waiters(record.id),
+            ],
+            *(record.id, state, keep, _OPERATION_PREFIX),
+        )
+        return bool(first), heir
+
+    # --- those who wait for the end ------------------------------------------------------------------------------
+
+    def wait_for(self, operation_id: str, task_id: str) -> bool:
+        """Let a Celery task's result be the final record; False when the operation has ended already."""
+        return bool(
+            self._run("wait_for", [keys.operation(operation_id), keys.waiters(operation_id)], task_id)
+        )
+
+    def waiters(self, operation_id: str) -> list[str]:
+        """Ids of the Celery tasks to be answered."""
+        with translated():
+            return cast("list[str]", self.redis.lrange(keys.waiters(operation_id), 0, -1))
+
+    def waiter_answered(self, operation_id: str, task_id: str) -> None:
+        """One of them has its answer."""
+        with translated():
+            self.redis.lrem(keys.waiters(operation_id), 0, task_id)
+
+    # --- progress ------------------------------------------------------------------------------------------------
+
+    def report(self, operation_id: str, step: str, report: dict[str, Any]) -> None:
+        """Say how far a step is."""
+        with translated():
+            self.redis.hset(keys.progress(operation_id), step, json.dumps(report))
+
+    def progress(self, operation_id: str) -> dict[str, dict[str, Any]]:
+        """How far each step is that has said so."""
+        with translated():
+            reports = cast("dict[str, str]", self.redis.hgetall(keys.progress(operation_id)))
+        return {step: json.loads(report) for step, report in reports.items()}
+
+
+def journal() -> Journal:
+    """This process' journal."""
+    return Journal(shared())

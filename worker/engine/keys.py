@@ -1,0 +1,80 @@
+"""Every key the fleet keeps in Redis: type, time to live, who writes it, who reads it.
+
+Times are seconds since the epoch by Redis' own clock, so that hosts need not agree on theirs.
+"""
+
+from __future__ import annotations
+
+PREFIX = "virtfleet"
+
+OPERATIONS = f"{PREFIX}:operations"
+"""ZSET, kept: operation id → time of admission. Written by admission, trimmed by the reaper, read by listings."""
+
+ATTENTION = f"{PREFIX}:attention"
+"""ZSET, kept: id of each operation that has not ended → when the reaper must look at it next. Every change of an
+operation sets it, so a look costs nothing for operations that go well, however many there are."""
+
+FENCE = f"{PREFIX}:fence"
+"""STRING, kept: the last fence handed out; never below Redis' clock in ms, so it grows even after FLUSHALL."""
+
+REAPER = f"{PREFIX}:reaper"
+"""STRING, expires: name of the worker whose reaper leads. Written and renewed by that reaper."""
+
+HOSTS = f"{PREFIX}:hosts"
+"""HASH, kept: host → JSON `HostRecord`. Written by control workers as they start, read by admission and the CLI."""
+
+INSTANCES = f"{PREFIX}:instances"
+"""HASH, kept: instance name → JSON `Instance`. Written by steps and by a host's sync, read by admission and the CLI."""
+
+UUIDS = f"{PREFIX}:instances:uuid"
+"""HASH, kept: instance uuid → name. Written together with INSTANCES."""
+
+
+def operation(operation_id: str) -> str:
+    """HASH, expires once ended: the operation's record. Fields: head, digest, plan, state, cancel, verdict, error,
+    result, submitted_at, started_at, ended_at, and `step:<key>:<field>` with the fields state, fence, attempt, worker,
+    due, published, publications, started_at, ended_at, result, error."""
+    return f"{PREFIX}:op:{operation_id}"
+
+
+def undo(operation_id: str) -> str:
+    """LIST, expires with its operation: JSON `UndoEntry`, newest last. Pushed by steps before they change something,
+    read by whoever undoes."""
+    return f"{operation(operation_id)}:undo"
+
+
+def progress(operation_id: str) -> str:
+    """HASH, deleted when the operation ends: step key → JSON of bytes done, total, rate, eta. Written by the running
+    step at most twice a second, read by watchers."""
+    return f"{operation(operation_id)}:progress"
+
+
+def waiters(operation_id: str) -> str:
+    """LIST, deleted when they are answered: ids of Celery tasks whose result is this operation's final record."""
+    return f"{operation(operation_id)}:waiters"
+
+
+def lease(operation_id: str, step: str) -> str:
+    """STRING, expires after the lease's time to live: token of the worker that executes the step right now."""
+    return f"{PREFIX}:lease:{operation_id}:{step}"
+
+
+def claim(instance: str) -> str:
+    """STRING, deleted when its owner ends: id of the one operation that may change this instance."""
+    return f"{PREFIX}:claim:{instance}"
+
+
+def waiting(instance: str) -> str:
+    """LIST, deleted when empty: ids of operations that wait for the instance's claim, in order."""
+    return f"{PREFIX}:waiting:{instance}"
+
+
+def gone(instance: str) -> str:
+    """STRING, expires with the records: JSON of which operation destroyed the instance, so that asking again is met
+    with success and a mistyped name is not."""
+    return f"{PREFIX}:gone:{instance}"
+
+
+def alive(host: str, kind: str) -> str:
+    """STRING, expires after three heartbeats: JSON of the worker (`control` or `disk`) that serves the host."""
+    return f"{PREFIX}:alive:{host}:{kind}"

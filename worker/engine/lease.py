@@ -1,0 +1,91 @@
+"""Keeping the lease of a running step: a thread renews it and learns from each renewal whether to go on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+
+import structlog
+
+from worker.engine.journal import Journal, Lease
+from worker.errors import BrokerUnavailable, Cancelled, FencedOff, FleetError
+from worker.settings import get_settings
+
+log = structlog.get_logger(__name__)
+
+LISTEN = 0.5
+"""Seconds between two renewals: so long a cancel takes to be heard at the most."""
+
+
+class LeaseKeeper:
+    """Renews a lease while its block runs; `check` says whether the step may still change anything.
+
+    While Redis is away the step goes on: its lease is taken back afterwards if nobody else took the step over, and
+    if somebody did, the higher fence refuses this one's commit.
+    """
+
+    def __init__(self, journal: Journal, lease: Lease) -> None:
+        self.journal = journal
+        self.lease = lease
+        self._dump = journal.dump(lease.operation)
+        self._stop: FleetError | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name=f"lease {lease.step}", daemon=True)
+
+    def __enter__(self) -> LeaseKeeper:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        # Not joined without bound: a renewal that hangs in a dead socket ends by its own timeout.
+        self._thread.join(timeout=1)
+
+    def check(self) -> None:
+        """Raise `Cancelled` or `FencedOff` when the step must stop."""
+        if self._stop:
+            raise self._stop
+
+    def remember_undo(self, entry: str) -> None:
+        """Keep in mind what the journal was told, in case Redis forgets it."""
+        fields, undo = self._dump
+        if entry not in undo:
+            self._dump = fields, [*undo, entry]
+
+    def restore(self) -> None:
+        """Give Redis back the record that it has lost, and go on."""
+        fields, undo = self._dump
+        field = f"step:{self.lease.step}:"
+        own = {f"{field}state": "running", f"{field}fence": str(self.lease.fence)}
+        if self.journal.restore(self.lease, {**fields, **own}, undo):
+            log.warning("Redis had lost this operation: restored from memory", operation=self.lease.operation)
+
+    def _keep(self) -> None:
+        silent_since: float | None = None
+        while not self._ended.wait(LISTEN) and self._stop is None:
+            try:
+                self._renew()
+                silent_since = None
+            except BrokerUnavailable as error:
+                if silent_since is None:
+                    silent_since = time.monotonic()
+                    log.warning(
+                        "cannot renew the lease; the step goes on", step=self.lease.step, error=str(error)
+                    )
+            except Exception:
+                log.exception("renewing the lease failed", step=self.lease.step, ttl=get_settings().lease_ttl)
+
+    def _renew(self) -> None:
+        kept, cancel = self.journal.renew(self.lease)
+        if kept == "gone":
+            self.restore()
+        elif kept == "lost":
+            self._stop = FencedOff(
+                f"another worker has taken over step {self.lease.step!r}; this one stops where it is",
+                fence=self.lease.fence,
+            )
+        elif kept == "stop" or (cancel and not self.lease.step.startswith("undo:")):
+            self._stop = Cancelled(f"operation {self.lease.operation} was asked to stop")

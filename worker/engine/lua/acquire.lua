@@ -1,0 +1,41 @@
+-- Become the one executor of a step, with a fence higher than every earlier one.
+-- KEYS: 1 operation, 2 lease, 3 ATTENTION, 4 FENCE
+-- ARGV: 1 id, 2 step, 3 worker, 4 token, 5 time to live in ms, 6 'run' or 'undo'
+-- Returns {'yours', fence, attempt} | {'done'} | {'leased'} | {'early'} | {'cancel'} | {'ended'} | {'gone'}
+local time = redis.call('TIME')
+local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
+local state = redis.call('HGET', KEYS[1], 'state')
+if not state then return { 'gone' } end
+local field = 'step:' .. ARGV[2] .. ':'
+local step = redis.call('HGET', KEYS[1], field .. 'state')
+
+if ARGV[6] == 'undo' then
+  if state ~= 'undoing' then return { 'ended' } end
+else
+  if state == 'waiting' then return { 'early' } end
+  if state ~= 'queued' and state ~= 'running' then return { 'ended' } end
+end
+if step == 'done' then return { 'done' } end
+if step == 'failed' then return { 'ended' } end
+local holder = redis.call('GET', KEYS[2])
+if holder == ARGV[4] then -- the first answer was lost on its way
+  return { 'yours', redis.call('HGET', KEYS[1], field .. 'fence'), redis.call('HGET', KEYS[1], field .. 'attempt') }
+end
+if holder then return { 'leased' } end
+if ARGV[6] == 'run' and redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then return { 'cancel' } end
+-- A message that lingered from before a retry was put off must not run ahead of its time.
+if step == 'retry' and tonumber(redis.call('HGET', KEYS[1], field .. 'due')) > now + 0.05 then return { 'early' } end
+
+local fence = math.max(tonumber(redis.call('GET', KEYS[4]) or '0') + 1, math.floor(now * 1000))
+fence = string.format('%.0f', fence)
+redis.call('SET', KEYS[4], fence)
+redis.call('SET', KEYS[2], ARGV[4], 'PX', ARGV[5])
+local attempt = redis.call('HINCRBY', KEYS[1], field .. 'attempt', 1)
+local stamp = string.format('%.6f', now)
+redis.call('HSETNX', KEYS[1], field .. 'started_at', stamp)
+redis.call('HSET', KEYS[1], field .. 'state', 'running', field .. 'fence', fence, field .. 'worker', ARGV[3])
+redis.call('HDEL', KEYS[1], field .. 'due', field .. 'published', field .. 'publications')
+if state == 'queued' then redis.call('HSET', KEYS[1], 'state', 'running') end
+redis.call('HSETNX', KEYS[1], 'started_at', stamp)
+redis.call('ZADD', KEYS[3], now + tonumber(ARGV[5]) / 1000, ARGV[1])
+return { 'yours', fence, attempt }

@@ -1,0 +1,34 @@
+-- Take an operation in, or say why not. Atomic: the claim on the instance and the record appear together.
+-- KEYS: 1 operation, 2 claim, 3 waiting, 4 ATTENTION, 5 OPERATIONS
+-- ARGV: 1 id, 2 digest, 3 seconds until the reaper looks, 4 '1' to wait for a busy instance, 5 key prefix of
+--       operations, 6.. field, value, ...
+-- Returns {'admitted', state} | {'exists', digest} | {'busy', owner}
+local now = redis.call('TIME')
+now = tonumber(now[1]) + tonumber(now[2]) / 1e6
+local ended = { succeeded = 1, failed = 1, cancelled = 1, rejected = 1, stuck = 1 }
+
+local state = redis.call('HGET', KEYS[1], 'state')
+if state and state ~= 'rejected' then
+  return { 'exists', redis.call('HGET', KEYS[1], 'digest') }
+end
+
+local owner = redis.call('GET', KEYS[2])
+if owner and owner ~= ARGV[1] then
+  local held = redis.call('HGET', ARGV[5] .. owner, 'state')
+  if not held or ended[held] then owner = false end
+end
+state = 'queued'
+if owner and owner ~= ARGV[1] then
+  if ARGV[4] ~= '1' then return { 'busy', owner } end
+  state = 'waiting'
+  redis.call('RPUSH', KEYS[3], ARGV[1])
+else
+  redis.call('SET', KEYS[2], ARGV[1])
+end
+
+redis.call('DEL', KEYS[1])
+for i = 6, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+redis.call('HSET', KEYS[1], 'digest', ARGV[2], 'state', state, 'submitted_at', string.format('%.6f', now))
+redis.call('ZADD', KEYS[4], now + tonumber(ARGV[3]), ARGV[1])
+redis.call('ZADD', KEYS[5], now, ARGV[1])
+return { 'admitted', state }

@@ -1,0 +1,31 @@
+-- Put down how a step ended, unless a newer executor has taken over. Repeating it is harmless.
+-- KEYS: 1 operation, 2 lease, 3 ATTENTION
+-- ARGV: 1 id, 2 step, 3 token, 4 fence, 5 outcome (done | retry | failed), 6 seconds until the reaper looks,
+--       7 verdict ('' or the state the operation ends in once it is undone), 8.. field, value of the step
+-- Returns 'ok' | 'refused' | 'gone'
+local now = redis.call('TIME')
+now = tonumber(now[1]) + tonumber(now[2]) / 1e6
+local state = redis.call('HGET', KEYS[1], 'state')
+if not state then return 'gone' end
+local field = 'step:' .. ARGV[2] .. ':'
+if redis.call('HGET', KEYS[1], field .. 'fence') ~= ARGV[4] then return 'refused' end
+local step = redis.call('HGET', KEYS[1], field .. 'state')
+if step == ARGV[5] then return 'ok' end -- the first answer was lost on its way
+if step ~= 'running' then return 'refused' end
+
+redis.call('HSET', KEYS[1], field .. 'state', ARGV[5])
+for i = 8, #ARGV, 2 do redis.call('HSET', KEYS[1], field .. ARGV[i], ARGV[i + 1]) end
+if ARGV[5] == 'retry' then
+  redis.call('HSET', KEYS[1], field .. 'due', string.format('%.6f', now + tonumber(ARGV[6])))
+else
+  redis.call('HSET', KEYS[1], field .. 'ended_at', string.format('%.6f', now))
+end
+if ARGV[7] ~= '' and state ~= 'undoing' then
+  redis.call('HSET', KEYS[1], 'state', 'undoing', 'verdict', ARGV[7])
+  for i = 8, #ARGV, 2 do
+    if ARGV[i] == 'error' then redis.call('HSET', KEYS[1], 'error', ARGV[i + 1]) end
+  end
+end
+if redis.call('GET', KEYS[2]) == ARGV[3] then redis.call('DEL', KEYS[2]) end
+redis.call('ZADD', KEYS[3], now + tonumber(ARGV[6]), ARGV[1])
+return 'ok'

@@ -1,0 +1,212 @@
+"""Operations: what a scheduler asks for. One function per kind builds its canvas; this module admits requests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import structlog
+from celery.canvas import Signature
+from celery.exceptions import Ignore
+from pydantic import ValidationError
+
+from worker.app import SHARED_QUEUE, app
+from worker.engine.canvas import Canvas, stages_of
+from worker.engine.journal import journal
+from worker.engine.record import Record, State
+from worker.engine.registry import registry
+from worker.engine.requests import Request, Target
+from worker.errors import FleetError, InstanceBusy, OperationConflict
+from worker.models import explain
+
+log = structlog.get_logger(__name__)
+
+Asked = TypeVar("Asked", bound=Request)
+_OF_THE_CALL = ("operation_id", "wait_if_busy")
+
+
+@dataclass(frozen=True)
+class Operation(Generic[Asked]):
+    """An operation as its canvas is built: what was asked, for which instance, on which host."""
+
+    id: str
+    request: Asked
+    instance: str
+    uuid: str
+    host: str
+
+
+@dataclass(frozen=True)
+class Kind(Generic[Asked]):
+    """A kind of operation: its name, the form of its request, and its canvas."""
+
+    name: str
+    request: type[Asked]
+    build: Callable[[Operation[Asked]], Canvas]
+
+    def of(self, record: Record) -> Operation[Asked]:
+        """The operation of a record, as it was when it was admitted."""
+        request = self.request.model_validate(record.request)
+        return Operation(record.id, request, record.instance, record.uuid, record.host)
+
+
+_kinds: dict[str, Kind[Any]] = {}
+
+
+def kind_of(name: str) -> Kind[Any]:
+    """The kind of that name."""
+    if name not in _kinds:
+        app.loader.import_default_modules()
+    return _kinds[name]
+
+
+def kind_for(request: Request) -> Kind[Any]:
+    """The kind that a request of this form asks for."""
+    app.loader.import_default_modules()
+    return next(kind for kind in _kinds.values() if kind.request is type(request))
+
+
+def operation(
+    name: str, request: type[Asked]
+) -> Callable[[Callable[[Operation[Asked]], Canvas]], Callable[[Operation[Asked]], Canvas]]:
+    """Make a function that builds a canvas into a kind of operation, with a Celery task that admits it by name."""
+
+    def register(build: Callable[[Operation[Asked]], Canvas]) -> Callable[[Operation[Asked]], Canvas]:
+        kind = Kind(name, request, build)
+        _kinds[name] = kind
+
+        def by_name(task: Any, **arguments: Any) -> dict[str, Any]:
+            return _admit_by_name(kind, task, arguments)
+
+        by_name.__doc__ = build.__doc__
+        app.task(name=name, bind=True, queue=SHARED_QUEUE)(by_name)
+        return build
+
+    return register
+
+
+def submit(request: Request) -> Record:
+    """Take a request in and set it going; the operation's record as it is then.
+
+    Attaches to the operation when its id was used before for the same request. Raises `BadInput` errors (nothing but
+    a record of the rejection is kept), `InstanceBusy`, `OperationConflict`, `BrokerUnavailable`.
+    """
+    return _admit(kind_for(request), request, request.operation_id or new_id())
+
+
+def new_id() -> str:
+    """An id for an operation whose caller gave none."""
+    return f"op-{secrets.token_hex(6)}"
+
+
+def _admit(kind: Kind[Any], request: Request, operation_id: str) -> Record:
+    from worker.engine.advance import advance  # advance builds canvases, so it knows this module
+
+    book = journal()
+    asked = request.model_dump(mode="json", exclude=set(_OF_THE_CALL))
+    digest = hashlib.sha256(json.dumps([kind.name, asked], sort_keys=True).encode()).hexdigest()
+    known = book.find(operation_id)
+    if known and known.state is not State.REJECTED:
+        return _attach(known, kind, asked)
+    try:
+        target = request.target(registry(), operation_id)
+        stages = stages_of(
+            kind.build(Operation(operation_id, request, target.instance, target.uuid, target.host))
+        )
+        head = _head(kind, asked, target)
+        admission = book.admit(operation_id, head, digest, stages, wait=request.wait_if_busy)
+        if admission.outcome == "busy":
+            raise InstanceBusy(
+                f"instance {target.instance!r} is owned by operation {admission.detail}",
+                hint=f"Wait for it (virtfleet watch {admission.detail}) or ask to be queued (--wait-if-busy).",
+                owner=admission.detail,
+            )
+    except FleetError as error:
+        book.reject(operation_id, _head(kind, asked, _named(asked)), error.as_dict())
+        raise
+    if admission.outcome == "exists":
+        return _attach(book.read(operation_id), kind, asked)
+    log.info("admitted", operation=operation_id, kind=kind.name, instance=target.instance, host=target.host)
+    advance(operation_id, prompt=True)
+    return book.read(operation_id)
+
+
+def _attach(known: Record, kind: Kind[Any], asked: dict[str, Any]) -> Record:
+    if (known.kind, known.request) != (kind.name, asked):
+        differing = sorted(
+            key for key in {*asked, *known.request} if asked.get(key) != known.request.get(key)
+        )
+        raise OperationConflict(
+            f"operation id {known.id!r} was used before for another request "
+            f"({known.kind} of {known.instance!r}; differing: {', '.join(differing) or 'kind'})",
+            operation=known.id,
+        )
+    return known
+
+
+def _head(kind: Kind[Any], asked: dict[str, Any], target: Target) -> dict[str, Any]:
+    return {
+        "kind": kind.name,
+        "request": asked,
+        "instance": target.instance,
+        "uuid": target.uuid,
+        "host": target.host,
+    }
+
+
+def _named(asked: dict[str, Any]) -> Target:
+    """What a rejected request says of its target, for the record."""
+    return Target(str(asked.get("instance") or asked.get("name") or ""), "", str(asked.get("host") or ""))
+
+
+def _admit_by_name(kind: Kind[Any], task: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Body of the task a scheduler sends: answers with the final record, now or when the operation ends."""
+    given = arguments.get("operation_id")
+    operation_id = given if isinstance(given, str) and given else new_id()
+    try:
+        request = _validated(kind, arguments, operation_id)
+        record = _admit(kind, request, operation_id)
+    except FleetError as error:
+        return _turned_away(kind, operation_id, arguments, error)
+    if not record.state.final and journal().wait_for(record.id, task.request.id):
+        raise Ignore  # the result is stored when the operation ends
+    return journal().read(record.id).as_dict()
+
+
+def _validated(kind: Kind[Any], arguments: dict[str, Any], operation_id: str) -> Request:
+    try:
+        request: Request = kind.request.model_validate(arguments)
+    except ValidationError as error:
+        reason = explain(error)
+        head = _head(kind, _bounded(arguments), _named(arguments))
+        if not any(one["field"] == "operation_id" for one in reason.details["fields"]):
+            journal().reject(operation_id, head, reason.as_dict())
+        raise reason from error
+    return request
+
+
+def _bounded(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments short enough to be kept in the record of their rejection."""
+    return {
+        key: value if len(json.dumps(value)) <= 1000 else "<too long>" for key, value in arguments.items()
+    }
+
+
+def _turned_away(
+    kind: Kind[Any], operation_id: str, arguments: dict[str, Any], error: FleetError
+) -> dict[str, Any]:
+    target = _named(arguments)
+    return Record(
+        id=operation_id,
+        kind=kind.name,
+        request=_bounded(arguments),
+        instance=target.instance,
+        uuid="",
+        host=target.host,
+        state=State.REJECTED,
+        error=error.as_dict(),
+    ).as_dict()

@@ -1,0 +1,87 @@
+"""The reaper: finds operations that stand still and sets them going again.
+
+It runs in every control worker; one leads by a lease. It looks only at operations whose time has come (see
+`keys.ATTENTION`), so a tick costs the same with ten and with a hundred thousand operations in the journal.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import cast
+
+import structlog
+
+from worker.engine import keys
+from worker.engine.advance import advance
+from worker.engine.connection import Redis, shared, translated
+from worker.engine.journal import Journal
+from worker.errors import BrokerUnavailable
+from worker.settings import get_settings
+
+log = structlog.get_logger(__name__)
+
+BATCH = 50
+"""Operations per tick: bounds how long one tick can take, so the leader renews its lease in time."""
+
+LEADER_TTL = 10.0
+
+_LEAD = """
+local leader = redis.call('GET', KEYS[1])
+if leader and leader ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+
+
+class Reaper(threading.Thread):
+    """Ticks until it is stopped."""
+
+    def __init__(self, worker: str, redis: Redis | None = None) -> None:
+        super().__init__(name="reaper", daemon=True)
+        self.worker = worker
+        self._redis = redis or shared()
+        self._book = Journal(self._redis)
+        self._lead = self._redis.register_script(_LEAD)
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """Tick, and survive whatever a tick meets."""
+        while not self._ended.wait(get_settings().reaper_interval):
+            try:
+                self.tick()
+            except BrokerUnavailable as error:
+                log.warning("the reaper waits for Redis", error=str(error))
+            except Exception:
+                log.exception("a tick of the reaper failed")
+
+    def stop(self) -> None:
+        """End after the running tick."""
+        self._ended.set()
+
+    def tick(self) -> int:
+        """Look at the operations that are due, as the leader; how many there were."""
+        if not self._leads():
+            return 0
+        due = self._book.due(BATCH)
+        if not due:
+            return 0
+        # Leases ran out while Redis was away; whoever is alive renews within this time.
+        leases_count = self._book.uptime() > 1.5 * get_settings().lease_ttl
+        for operation_id in due:
+            try:
+                decision = advance(operation_id, leases_count=leases_count)
+            except BrokerUnavailable:
+                raise
+            except Exception:
+                # One operation that cannot be handled must not hold the others up.
+                log.exception("cannot advance an operation", operation=operation_id)
+                self._book.look_in(operation_id, 30)
+            else:
+                log.debug("looked at", operation=operation_id, decision=repr(decision))
+        return len(due)
+
+    def _leads(self) -> bool:
+        with translated():
+            return bool(
+                cast("int", self._lead(keys=[keys.REAPER], args=[self.worker, int(LEADER_TTL * 1000)]))
+            )

@@ -1,0 +1,236 @@
+"""The record of an operation as the journal keeps it: what was asked, its steps, how each ended."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+SCHEMA = 1
+"""Version of the record's form. A worker goes on with records of its own and of the previous version."""
+
+UNDO_STEP = "undo:"
+
+
+class State(StrEnum):
+    """Where an operation is."""
+
+    WAITING = "waiting"
+    QUEUED = "queued"
+    RUNNING = "running"
+    UNDOING = "undoing"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"
+    STUCK = "stuck"
+
+    @property
+    def final(self) -> bool:
+        """Nothing more happens to an operation in a final state."""
+        return self in FINAL
+
+
+FINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED, State.REJECTED, State.STUCK})
+
+
+class StepState(StrEnum):
+    """Where a step is."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    RETRY = "retry"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step as the canvas names it: its key within the operation, the task, where it runs."""
+
+    key: str
+    name: str
+    host: str
+    queue: str
+
+    def as_dict(self) -> dict[str, str]:
+        """As the journal keeps it."""
+        return {"key": self.key, "name": self.name, "host": self.host, "queue": self.queue}
+
+
+Stages = tuple[tuple[StepPlan, ...], ...]
+"""The plan of an operation: stages one after the other, the steps within a stage side by side."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is known of one step. Times in seconds since the epoch by Redis' clock."""
+
+    plan: StepPlan
+    state: StepState = StepState.PENDING
+    attempt: int = 0
+    fence: int = 0
+    worker: str = ""
+    due: float | None = None
+    published: float | None = None
+    publications: int = 0
+    started_at: float | None = None
+    ended_at: float | None = None
+    result: Any = None
+    error: dict[str, Any] | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name within the operation."""
+        return self.plan.key
+
+    def as_dict(self) -> dict[str, Any]:
+        """As users see it."""
+        took = self.ended_at - self.started_at if self.ended_at and self.started_at else None
+        return {
+            **self.plan.as_dict(),
+            "state": self.state.value,
+            "attempt": self.attempt,
+            "worker": self.worker,
+            "due": self.due,
+            "started_at": self.started_at,
+            "ended_at": self.ended_at,
+            "seconds": took,
+            "error": self.error,
+            "result": self.result,
+        }
+
+
+@dataclass(frozen=True)
+class UndoEntry:
+    """How to undo what one step did: an action, its arguments, and the host that has to do it."""
+
+    action: str
+    host: str
+    arguments: dict[str, Any]
+
+    def as_json(self) -> str:
+        """As the journal keeps it; equal entries are equal text."""
+        return json.dumps(
+            {"action": self.action, "host": self.host, "arguments": self.arguments}, sort_keys=True
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that is known of one operation."""
+
+    id: str
+    kind: str
+    request: dict[str, Any]
+    instance: str
+    uuid: str
+    host: str
+    state: State
+    stages: Stages = ()
+    steps: dict[str, StepRecord] = field(default_factory=dict)
+    undo: tuple[UndoEntry, ...] = ()
+    undo_steps: tuple[StepRecord, ...] = ()
+    cancel: float | None = None
+    verdict: State | None = None
+    error: dict[str, Any] | None = None
+    result: Any = None
+    submitted_at: float = 0.0
+    started_at: float | None = None
+    ended_at: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as users, schedulers and `--json` see it."""
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "instance": self.instance,
+            "uuid": self.uuid,
+            "host": self.host,
+            "state": self.state.value,
+            "request": _discreet(self.request),
+            "result": self.result,
+            "error": self.error,
+            "cancel_requested": self.cancel is not None,
+            "submitted_at": self.submitted_at,
+            "started_at": self.started_at,
+            "ended_at": self.ended_at,
+            "seconds": self.ended_at - self.started_at if self.ended_at and self.started_at else None,
+            "steps": [step.as_dict() for step in self.steps.values()],
+            "undo": [
+                {
+                    "action": entry.action,
+                    "host": entry.host,
+                    "arguments": entry.arguments,
+                    "state": step.state.value,
+                }
+                for entry, step in zip(self.undo, self.undo_steps, strict=True)
+            ],
+        }
+
+
+def _discreet(request: dict[str, Any]) -> dict[str, Any]:
+    """User-data often holds passwords; who reads records need not read those."""
+    if not request.get("user_data"):
+        return request
+    return {**request, "user_data": f"<{len(request['user_data'].encode())} bytes>"}
+
+
+def parse(operation_id: str, fields: dict[str, str], undo: list[str]) -> Record:
+    """A record from its hash and its list of undo entries."""
+    head = json.loads(fields["head"])
+    stages = tuple(
+        tuple(StepPlan(**step) for step in stage) for stage in json.loads(fields.get("plan", "[]"))
+    )
+    entries = tuple(UndoEntry(**json.loads(entry)) for entry in undo)
+    return Record(
+        id=operation_id,
+        kind=head["kind"],
+        request=head["request"],
+        instance=head["instance"],
+        uuid=head["uuid"],
+        host=head["host"],
+        state=State(fields["state"]),
+        stages=stages,
+        steps={plan.key: _step(plan, fields) for stage in stages for plan in stage},
+        undo=entries,
+        undo_steps=tuple(_step(undo_plan(index, entry), fields) for index, entry in enumerate(entries)),
+        cancel=_number(fields.get("cancel")),
+        verdict=State(fields["verdict"]) if fields.get("verdict") else None,
+        error=json.loads(fields["error"]) if fields.get("error") else None,
+        result=json.loads(fields["result"]) if fields.get("result") else None,
+        submitted_at=float(fields.get("submitted_at", 0)),
+        started_at=_number(fields.get("started_at")),
+        ended_at=_number(fields.get("ended_at")),
+    )
+
+
+def undo_plan(index: int, entry: UndoEntry) -> StepPlan:
+    """Undoing is a step too: on the control queue of the host where the effect is."""
+    return StepPlan(key=f"{UNDO_STEP}{index}", name="undo", host=entry.host, queue="control")
+
+
+def _step(plan: StepPlan, fields: dict[str, str]) -> StepRecord:
+    def get(name: str) -> str | None:
+        return fields.get(f"step:{plan.key}:{name}")
+
+    result, error = get("result"), get("error")
+    return StepRecord(
+        plan=plan,
+        state=StepState(get("state") or StepState.PENDING),
+        attempt=int(get("attempt") or 0),
+        fence=int(get("fence") or 0),
+        worker=get("worker") or "",
+        due=_number(get("due")),
+        published=_number(get("published")),
+        publications=int(get("publications") or 0),
+        started_at=_number(get("started_at")),
+        ended_at=_number(get("ended_at")),
+        result=json.loads(result) if result else None,
+        error=json.loads(error) if error else None,
+    )
+
+
+def _number(value: str | None) -> float | None:
+    return float(value) if value else None

@@ -1,0 +1,146 @@
+"""What the fleet consists of: hosts, their workers, and which instance runs where."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, Literal, cast
+from uuid import UUID
+
+from worker.engine import keys
+from worker.engine.connection import Redis, shared, translated
+from worker.errors import InstanceNotFound, UnknownHost
+from worker.models import Frozen, Instance
+from worker.settings import get_settings
+
+WorkerKind = Literal["control", "disk"]
+
+
+class HostRecord(Frozen):
+    """A host as its control worker describes it. Sizes in bytes."""
+
+    name: str
+    libvirt_uri: str
+    data_dir: str
+    libvirt: str = ""
+    qemu: str = ""
+    accel: str = "unknown"
+    accel_reason: str = ""
+    seen_at: float = 0.0
+
+
+class Registry:
+    """Hosts and instances in Redis; the truth is on the hosts, this is the index to it."""
+
+    def __init__(self, redis: Redis) -> None:
+        self.redis = redis
+
+    # --- hosts ---------------------------------------------------------------------------------------------------
+
+    def put_host(self, host: HostRecord) -> None:
+        """Add a host or renew what is known of it."""
+        with translated():
+            self.redis.hset(keys.HOSTS, host.name, host.model_dump_json())
+
+    def hosts(self) -> list[HostRecord]:
+        """All hosts that have ever joined, by name."""
+        with translated():
+            found = cast("dict[str, str]", self.redis.hgetall(keys.HOSTS))
+        return [HostRecord.model_validate_json(found[name]) for name in sorted(found)]
+
+    def require_host(self, name: str) -> None:
+        """Raise `UnknownHost` for a host that never joined."""
+        with translated():
+            known = cast("list[str]", self.redis.hkeys(keys.HOSTS))
+        if name not in known:
+            raise UnknownHost(
+                f"host: no host {name!r} is in the fleet; allowed: {', '.join(sorted(known)) or 'none has joined yet'}",
+                hint="A host joins when its control worker starts: virtfleet worker control --host NAME",
+                field="host",
+                given=name,
+                allowed=sorted(known),
+            )
+
+    def heartbeat(self, host: str, kind: WorkerKind, facts: dict[str, Any]) -> None:
+        """Say that a worker is alive; holds for three heartbeats."""
+        ttl = int(get_settings().heartbeat_interval * 3000)
+        with translated():
+            self.redis.set(keys.alive(host, kind), json.dumps(facts), px=ttl)
+
+    def farewell(self, host: str, kind: WorkerKind) -> None:
+        """Say that a worker has stopped."""
+        with translated():
+            self.redis.delete(keys.alive(host, kind))
+
+    def alive(self, host: str) -> dict[WorkerKind, dict[str, Any]]:
+        """The workers that serve a host right now, with what they say of themselves."""
+        kinds: tuple[WorkerKind, ...] = ("control", "disk")
+        with translated():
+            answers = cast("list[str | None]", self.redis.mget([keys.alive(host, kind) for kind in kinds]))
+        return {kind: json.loads(answer) for kind, answer in zip(kinds, answers, strict=True) if answer}
+
+    # --- instances -----------------------------------------------------------------------------------------------
+
+    def put(self, instance: Instance) -> None:
+        """Add an instance or renew what is known of it."""
+        known = instance.model_copy(update={"updated_at": time.time()})
+        with translated():
+            pipe = self.redis.pipeline(transaction=True)
+            pipe.hset(keys.INSTANCES, instance.name, known.model_dump_json())
+            pipe.hset(keys.UUIDS, str(instance.uuid), instance.name)
+            pipe.delete(keys.gone(instance.name))
+            pipe.execute()
+
+    def forget(self, name: str, uuid: UUID | str, *, destroyed_by: str | None = None) -> None:
+        """Take an instance out; remember for a while which operation destroyed it."""
+        with translated():
+            pipe = self.redis.pipeline(transaction=True)
+            pipe.hdel(keys.INSTANCES, name)
+            pipe.hdel(keys.UUIDS, str(uuid))
+            if destroyed_by:
+                trace = json.dumps({"uuid": str(uuid), "operation": destroyed_by, "at": time.time()})
+                pipe.set(keys.gone(name), trace, ex=int(get_settings().keep_records))
+            pipe.execute()
+
+    def find(self, name_or_uuid: str) -> Instance | None:
+        """An instance by its name or uuid, if it is known."""
+        with translated():
+            name = cast("str | None", self.redis.hget(keys.UUIDS, name_or_uuid)) or name_or_uuid
+            found = cast("str | None", self.redis.hget(keys.INSTANCES, name))
+        return Instance.model_validate_json(found) if found else None
+
+    def require(self, name_or_uuid: str) -> Instance:
+        """An instance by its name or uuid. Raises `InstanceNotFound`."""
+        found = self.find(name_or_uuid)
+        if found is None:
+            raise InstanceNotFound(
+                f"instance: no instance {name_or_uuid!r} is known", field="instance", given=name_or_uuid
+            )
+        return found
+
+    def destroyed(self, name: str) -> dict[str, Any] | None:
+        """Which operation destroyed an instance of this name lately, if one did."""
+        with translated():
+            trace = cast("str | None", self.redis.get(keys.gone(name)))
+        return json.loads(trace) if trace else None
+
+    def instances(self, host: str | None = None) -> list[Instance]:
+        """All instances, or those of one host, by name."""
+        with translated():
+            found = cast("dict[str, str]", self.redis.hgetall(keys.INSTANCES))
+        every = [Instance.model_validate_json(found[name]) for name in sorted(found)]
+        return [instance for instance in every if host in (None, instance.host)]
+
+    def replace(self, host: str, present: list[Instance]) -> None:
+        """Make the entries of one host equal to what was found there."""
+        names = {instance.name for instance in present}
+        for instance in self.instances(host):
+            if instance.name not in names:
+                self.forget(instance.name, instance.uuid)
+        for instance in present:
+            self.put(instance)
+
+
+def registry() -> Registry:
+    """This process' registry."""
+    return Registry(shared())

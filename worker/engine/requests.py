@@ -1,0 +1,83 @@
+"""What every request has in common, and how it is tied to an instance and a host as it is admitted."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated
+from uuid import UUID, uuid5
+
+from pydantic import AfterValidator
+
+from worker.engine.registry import Registry
+from worker.errors import InstanceExists
+from worker.models import Frozen, Name
+
+NAMESPACE = UUID("6f1d2a34-63c5-4d8e-9a0b-76697274666c")
+"""A spawn's instance gets the uuid5 of its operation's id: the same operation makes the same instance, even if
+Redis has forgotten everything in between."""
+
+
+def _checked_id(value: str) -> str:
+    if not re.match(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", value):
+        raise ValueError(
+            "allowed: 1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+        )
+    return value
+
+
+OperationId = Annotated[str, AfterValidator(_checked_id)]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The instance an operation owns while it runs, and the host it begins on."""
+
+    instance: str
+    uuid: str
+    host: str
+
+
+class Request(Frozen):
+    """Base of all requests.
+
+    `operation_id` is the caller's idempotency key: the same id again attaches to the same operation.
+    `wait_if_busy` queues behind the operation that owns the instance, instead of being refused.
+    """
+
+    operation_id: OperationId | None = None
+    wait_if_busy: bool = False
+
+    def target(self, fleet: Registry, operation_id: str) -> Target:
+        """What this request is about. Raises errors of the kind `BadInput`."""
+        raise NotImplementedError
+
+
+class NewInstance(Request):
+    """Base of requests that make an instance."""
+
+    name: Name
+    host: Name
+
+    def target(self, fleet: Registry, operation_id: str) -> Target:
+        """The host must be known and the name free."""
+        fleet.require_host(self.host)
+        taken = fleet.find(self.name)
+        if taken and taken.operation != operation_id:
+            raise InstanceExists(
+                f"name: {self.name!r} is taken by instance {taken.uuid} on host {taken.host}",
+                field="name",
+                given=self.name,
+            )
+        return Target(self.name, str(uuid5(NAMESPACE, operation_id)), self.host)
+
+
+class ExistingInstance(Request):
+    """Base of requests about an instance that is there; `instance` is its name or uuid."""
+
+    instance: Name
+
+    def target(self, fleet: Registry, operation_id: str) -> Target:  # noqa: ARG002
+        """The instance must be known."""
+        found = fleet.require(self.instance)
+        return Target(found.name, str(found.uuid), found.host)

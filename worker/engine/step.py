@@ -1,0 +1,81 @@
+"""Steps: what canvases are made of. Each is one plain function and the Celery task that executes it once."""
+
+from __future__ import annotations
+
+import random
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import TypeAdapter
+
+from worker.app import app
+from worker.engine.canvas import step_signature
+from worker.engine.execution import execute
+from worker.engine.operation import Operation, kind_of
+from worker.engine.record import StepPlan
+from worker.engine.step_context import StepContext
+from worker.errors import FleetError
+
+Returned = TypeVar("Returned")
+Body = Callable[[StepContext, Any], Returned]
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How often and how patiently a step is tried again. Seconds; the pause doubles each time."""
+
+    attempts: int = 5
+    first_pause: float = 2.0
+    longest_pause: float = 300.0
+
+    def pause(self, attempt: int) -> float:
+        """Seconds to wait after this attempt; with jitter, so that a sick host is not met by all at once."""
+        pause = min(self.first_pause * 2.0 ** min(attempt - 1, 30), self.longest_pause)
+        return pause * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, not a secret
+
+
+@dataclass(frozen=True)
+class Step(Generic[Returned]):
+    """One kind of step. Its body converges: it reads what is there before it changes anything."""
+
+    name: str
+    queue: str
+    body: Body[Returned]
+    retries: Retries
+
+    def on(self, op: Operation[Any], *, key: str | None = None, host: str | None = None) -> Any:
+        """This step for an operation: a signature for its canvas. `key` tells several of one kind apart."""
+        plan = StepPlan(key or self.name, self.name, host or op.host, self.queue)
+        return step_signature(app.tasks[self.name], plan, op.id, op.instance)
+
+    @cached_property
+    def returned(self) -> TypeAdapter[Returned]:
+        """The form of what the body returns."""
+        return TypeAdapter(typing.get_type_hints(self.body)["return"])
+
+    def run(self, ctx: StepContext) -> Any:
+        """Do the work; what it returns, as the journal keeps it."""
+        request = kind_of(ctx.record.kind).of(ctx.record).request
+        return self.returned.dump_python(self.body(ctx, request), mode="json")
+
+
+def step(
+    name: str, *, queue: Literal["control", "disk"], retries: Retries | None = None
+) -> Callable[[Body[Returned]], Step[Returned]]:
+    """Make a function into a step, with a Celery task of that name on that queue of the step's host."""
+
+    def register(body: Body[Returned]) -> Step[Returned]:
+        made = Step(name, queue, body, retries or Retries())
+
+        def task(self: Any, operation: str, step: str, instance: str, host: str) -> Any:  # noqa: ARG001 - for Flower
+            return execute(made, self, operation, step)
+
+        task.__doc__ = body.__doc__
+        # ignore_result: what a step returns belongs in the journal; a copy under Celery's keys would outlive it.
+        app.task(name=name, bind=True, ignore_result=True, throws=(FleetError,))(task)
+        return made
+
+    return register

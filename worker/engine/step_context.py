@@ -1,0 +1,112 @@
+"""What the body of a step gets in hand: the engine's side of `worker.context.Context`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import structlog
+
+from worker.engine.journal import Journal, Lease
+from worker.engine.lease import LeaseKeeper
+from worker.engine.patience import patiently
+from worker.engine.progress import Meter
+from worker.engine.record import Record, StepPlan, UndoEntry
+from worker.engine.registry import Registry, registry
+from worker.errors import BrokerUnavailable, FencedOff
+from worker.settings import get_settings
+
+if TYPE_CHECKING:
+    from worker.engine.step import Step
+
+log = structlog.get_logger(__name__)
+Returned = TypeVar("Returned")
+
+
+class StepContext:
+    """What a step's body gets: its place in the operation, and the means to report, to stop and to be undone."""
+
+    def __init__(self, record: Record, lease: Lease, keeper: LeaseKeeper, book: Journal, task: Any) -> None:
+        self.record = record
+        self.lease = lease
+        self._keeper = keeper
+        self._book = book
+        self._task = task
+        self._meter = Meter(self._report, self._show)
+        self.plan = _plan_of(record, lease.step)
+        self.settings = get_settings()
+
+    @property
+    def operation(self) -> str:
+        """Id of the operation."""
+        return self.record.id
+
+    @property
+    def fence(self) -> int:
+        """Number of this execution; higher ones take over from lower ones."""
+        return self.lease.fence
+
+    @property
+    def host(self) -> str:
+        """Name of the host this step runs on."""
+        return self.plan.host
+
+    @property
+    def instance(self) -> str:
+        """Name of the instance."""
+        return self.record.instance
+
+    @property
+    def uuid(self) -> str:
+        """The instance's uuid."""
+        return self.record.uuid
+
+    @cached_property
+    def registry(self) -> Registry:
+        """What runs where."""
+        return registry()
+
+    def progress(self, done: int, total: int | None = None, note: str = "") -> None:
+        """Report `done` of `total` bytes; see `worker.context.Watcher`."""
+        self.check()
+        self._meter.tick(done, total, note)
+
+    def check(self) -> None:
+        """Raise `Cancelled` or `FencedOff` when the step must stop."""
+        self._keeper.check()
+
+    def undo(self, action: str, **arguments: Any) -> None:
+        """Put down how to undo what comes next, on this host. Durable before it returns."""
+        self.check()
+        entry = UndoEntry(action, self.host, arguments)
+        answer = patiently(self._book.push_undo, self.lease, entry)
+        if answer == "gone":
+            self._keeper.restore()
+            answer = patiently(self._book.push_undo, self.lease, entry)
+        if answer != "ok":
+            raise FencedOff(f"another worker has taken over step {self.lease.step!r}", fence=self.fence)
+        self._keeper.remember_undo(entry.as_json())
+
+    def result(self, step: Step[Returned]) -> Returned:
+        """What an earlier step of this operation returned."""
+        return step.returned.validate_python(self.record.steps[step.name].result)
+
+    def flush(self) -> None:
+        """Say the last progress that was held back."""
+        self._meter.flush()
+
+    def _report(self, report: dict[str, Any]) -> None:
+        try:
+            self._book.report(self.operation, self.lease.step, report)
+        except BrokerUnavailable as error:
+            log.debug(
+                "progress not reported", error=str(error)
+            )  # the copy goes on; the next report says more
+
+    def _show(self, line: str) -> None:
+        # Flower shows `result` of a custom task event in state PROGRESS; it ignores update_state (measured).
+        self._task.send_event("task-progress", result=line, retry=False)
+
+
+def _plan_of(record: Record, key: str) -> StepPlan:
+    return next(step.plan for step in (*record.steps.values(), *record.undo_steps) if step.key == key)

@@ -1,0 +1,94 @@
+"""Running a Celery worker of one host, with its heartbeat and, in control workers, the reaper."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import structlog
+from celery.signals import worker_ready, worker_shutting_down
+
+from worker.app import SHARED_QUEUE, app, host_queue
+from worker.engine.reaper import Reaper
+from worker.engine.registry import WorkerKind, registry
+from worker.errors import BrokerUnavailable
+from worker.settings import get_settings
+
+log = structlog.get_logger(__name__)
+
+
+class Heartbeat(threading.Thread):
+    """Says at regular intervals that this worker is alive."""
+
+    def __init__(self, hosts: Sequence[str], kind: WorkerKind) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self.hosts = hosts
+        self.kind = kind
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """Beat until stopped; a Redis that is away is met again at the next beat."""
+        since = time.time()
+        while True:
+            try:
+                for host in self.hosts:
+                    registry().heartbeat(host, self.kind, {"pid": os.getpid(), "since": since})
+            except BrokerUnavailable as error:
+                log.warning("no heartbeat: Redis is away", error=str(error))
+            if self._ended.wait(get_settings().heartbeat_interval):
+                return
+
+    def stop(self) -> None:
+        """Say farewell, so that nobody waits for this worker."""
+        self._ended.set()
+        try:
+            for host in self.hosts:
+                registry().farewell(host, self.kind)
+        except BrokerUnavailable as error:
+            log.warning("no farewell: Redis is away", error=str(error))
+
+
+def run_worker(
+    kind: WorkerKind, hosts: Sequence[str], *, when_ready: Callable[[], None], loglevel: str
+) -> None:
+    """Serve the queues of these hosts until told to stop. `when_ready` runs beside the first work."""
+    name = f"{kind}@{hosts[0]}"
+    heartbeat = Heartbeat(hosts, kind)
+    reaper = Reaper(f"{name}:{os.getpid()}") if kind == "control" else None
+
+    def ready(**_: Any) -> None:
+        heartbeat.start()
+        if reaper:
+            reaper.start()
+        threading.Thread(target=when_ready, name="survey", daemon=True).start()
+
+    def stopping(**_: Any) -> None:
+        heartbeat.stop()
+        if reaper:
+            reaper.stop()
+
+    worker_ready.connect(ready, weak=False)
+    worker_shutting_down.connect(stopping, weak=False)
+    app.worker_main(_arguments(kind, hosts, name, loglevel))
+
+
+def _arguments(kind: WorkerKind, hosts: Sequence[str], name: str, loglevel: str) -> list[str]:
+    settings = get_settings()
+    queues = [host_queue(host, kind) for host in hosts]
+    if kind == "control":
+        # Short calls that wait in libvirt, which releases the GIL: threads. Copies need processes to be killed with.
+        pool, slots, queues = "threads", settings.control_slots, [*queues, SHARED_QUEUE]
+    else:
+        pool, slots = "prefork", settings.disk_slots
+    return [
+        "worker",
+        f"--hostname={name}",
+        f"--pool={pool}",
+        f"--concurrency={slots}",
+        f"--queues={','.join(queues)}",
+        f"--loglevel={loglevel}",
+        "--without-gossip",
+    ]

@@ -1,0 +1,139 @@
+"""Where a host keeps what: images, instances, snapshots, and the temporary files of operations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+from uuid import UUID
+
+from worker.models import DiskFormat
+
+# QEMU runs as a user of its own: it must reach a file whose name it was given, but need not list a folder.
+_TRAVERSABLE = 0o711
+_DOWNLOAD = "download"
+_KEEP_OWNERLESS = 86400.0  # seconds; a download may be continued by any operation until then
+
+
+@dataclass(frozen=True)
+class InstanceDir:
+    """The folder of one instance."""
+
+    path: Path
+
+    def root(self, fmt: DiskFormat) -> Path:
+        """The root disk."""
+        return self.path / f"root.{fmt}"
+
+    def ephemeral(self, index: int) -> Path:
+        """The ephemeral disk of that number, from 0."""
+        return self.path / f"ephemeral{index}.qcow2"
+
+    @property
+    def swap(self) -> Path:
+        """The swap disk."""
+        return self.path / "swap.raw"
+
+    @property
+    def seed(self) -> Path:
+        """The cloud-init seed."""
+        return self.path / "seed.iso"
+
+    @property
+    def console_log(self) -> Path:
+        """What the guest wrote to its serial console."""
+        return self.path / "console.log"
+
+    @property
+    def spec(self) -> Path:
+        """What the instance is made of."""
+        return self.path / "instance.json"
+
+    @property
+    def lock(self) -> Path:
+        """The lock of whoever works on the instance."""
+        return self.path / ".lock"
+
+    def create(self) -> InstanceDir:
+        """Make the folder, if it is not there."""
+        _make(self.path)
+        return self
+
+
+@dataclass(frozen=True)
+class DataDir:
+    """A host's data directory; one filesystem, since files are put in place by renaming."""
+
+    root: Path
+
+    @property
+    def images(self) -> Path:
+        """Immutable base images, by content."""
+        return self.root / "images"
+
+    @property
+    def sources(self) -> Path:
+        """What is known of the places images came from."""
+        return self.images / "sources"
+
+    @property
+    def instances(self) -> Path:
+        """One folder per instance, by uuid."""
+        return self.root / "instances"
+
+    @property
+    def snapshots(self) -> Path:
+        """One folder per snapshot."""
+        return self.root / "snapshots"
+
+    @property
+    def tmp(self) -> Path:
+        """What operations have not finished yet."""
+        return self.root / "tmp"
+
+    def create(self) -> DataDir:
+        """Make the folders that are not there; each can be traversed by QEMU's user."""
+        for folder in (self.root, self.images, self.sources, self.instances, self.snapshots, self.tmp):
+            _make(folder)
+        return self
+
+    def instance(self, uuid: UUID | str) -> InstanceDir:
+        """The folder of an instance, whether it is there or not."""
+        return InstanceDir(self.instances / str(UUID(str(uuid))))
+
+    def temporary(self, operation: str, name: str) -> Path:
+        """A temporary file that is swept once `operation` has ended."""
+        return self.tmp / f"{quote(operation, safe='')}@{name}"
+
+    def partial_download(self, name: str) -> Path:
+        """A download any operation may continue; what `transfer` notes about it lies beside it."""
+        return self.tmp / f"{_DOWNLOAD}@{name}.part"
+
+    def sweep_tmp(self, live_operations: Collection[str]) -> list[Path]:
+        """Remove the temporary files of operations that are not live, and downloads nobody continued for a day."""
+        live = {quote(operation, safe="") for operation in live_operations}
+        owned = [path for path in self.tmp.iterdir() if path.is_file()]
+        swept = [path for path in owned if path.name.partition("@")[0] not in live | {_DOWNLOAD}]
+        # Written under a name of the moment by write_text_durably: only a crash leaves one.
+        ownerless = [path for path in owned if path not in swept and path.name.startswith(f"{_DOWNLOAD}@")]
+        ownerless += [*self.images.glob(".*.tmp"), *self.sources.glob(".*.tmp")]
+        swept += [path for path in ownerless if _age(path) > _KEEP_OWNERLESS]
+        for path in swept:
+            path.unlink(missing_ok=True)
+        return swept
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _make(folder: Path) -> None:
+    # A folder that is there already was made by somebody who chose its mode.
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(_TRAVERSABLE)
