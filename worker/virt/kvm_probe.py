@@ -36,6 +36,7 @@ _POWER_OFF = bytes.fromhex(
     "ebfd"  # jmp to the hlt
 )
 BOOT_SECTOR = _POWER_OFF.ljust(510, b"\0") + b"\x55\xaa"
+DISK_BYTES = 1024**2  # sparse; SeaBIOS does not boot from a disk of one sector
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def kvm_works(
 def _boot_disk(folder: Path) -> Iterator[Path]:
     with tempfile.NamedTemporaryFile(dir=folder, prefix=PREFIX, suffix=".raw") as file:
         file.write(BOOT_SECTOR)
+        file.truncate(DISK_BYTES)
         file.flush()
         path = Path(file.name)
         path.chmod(0o444)
