@@ -19,9 +19,7 @@ def host_queue(host: str, kind: str) -> str:
     return f"host.{host}.{kind}"
 
 
-app = Celery(
-    "virtfleet", broker=get_settings().redis_url, backend=get_settings().redis_url, include=["tasks"]
-)
+app = Celery("virtfleet", broker=get_settings().redis_url, backend=get_settings().redis_url, include=["tasks"])
 app.conf.update(
     task_default_queue=SHARED_QUEUE,
     task_serializer="json",

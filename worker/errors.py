@@ -128,9 +128,7 @@ class InstanceNotFound(BadInput):
     """No instance of that name or uuid is known."""
 
     code = "instance_not_found"
-    default_hint = (
-        "List what there is with: virtfleet instances   (rebuild the list with: virtfleet hosts sync)"
-    )
+    default_hint = "List what there is with: virtfleet instances   (rebuild the list with: virtfleet hosts sync)"
 
 
 class InstanceExists(BadInput):

@@ -40,39 +40,25 @@ class Settings(BaseSettings):
     image_max_virtual_bytes: int = Field(
         2048 * GIB, gt=0, description="Largest virtual size an image may declare, in bytes."
     )
-    accel: Accel = Field(
-        "auto", description="kvm, qemu, or auto: kvm where a probe shows a guest runs under it."
-    )
+    accel: Accel = Field("auto", description="kvm, qemu, or auto: kvm where a probe shows a guest runs under it.")
     root_disk: RootDisk = Field("overlay", description="How root disks are made from images.")
-    reserve_bytes: int = Field(
-        GIB // 4, ge=0, description="Space in the data directory that is never used up."
-    )
+    reserve_bytes: int = Field(GIB // 4, ge=0, description="Space in the data directory that is never used up.")
 
     control_slots: int = Field(8, ge=1, description="Short calls at a time per host (threads).")
-    disk_slots: int = Field(
-        2, ge=1, description="Copies, converts and snapshots at a time per host (processes)."
-    )
+    disk_slots: int = Field(2, ge=1, description="Copies, converts and snapshots at a time per host (processes).")
 
     connect_timeout: Seconds = Field(10.0, description="Bound on opening a libvirt connection, in seconds.")
-    lease_ttl: Seconds = Field(
-        30.0, description="A step whose worker is silent this long is taken over, in seconds."
-    )
+    lease_ttl: Seconds = Field(30.0, description="A step whose worker is silent this long is taken over, in seconds.")
     reaper_interval: Seconds = Field(1.0, description="Pause between two looks of the reaper, in seconds.")
     publish_grace: Seconds = Field(
         10.0, description="A step published this long ago and not begun is published again, in seconds."
     )
-    stall_timeout: Seconds = Field(
-        120.0, description="A transfer that moves no bytes this long is ended, in seconds."
-    )
-    heartbeat_interval: Seconds = Field(
-        5.0, description="How often a worker says that it is alive, in seconds."
-    )
+    stall_timeout: Seconds = Field(120.0, description="A transfer that moves no bytes this long is ended, in seconds.")
+    heartbeat_interval: Seconds = Field(5.0, description="How often a worker says that it is alive, in seconds.")
     keep_records: Seconds = Field(
         7 * 86400.0, description="How long the record of an ended operation is kept, in seconds."
     )
-    stop_grace: Seconds = Field(
-        30.0, description="How long running steps may go on after SIGTERM, in seconds."
-    )
+    stop_grace: Seconds = Field(30.0, description="How long running steps may go on after SIGTERM, in seconds.")
 
     def uri_of(self, host: str) -> str:
         """The libvirt URI by which this process reaches `host`."""

@@ -12,7 +12,7 @@ from worker.app import app
 from worker.engine.canvas import remaining, step_signature
 from worker.engine.decide import Clock, Decision, End, Look, Publish, TurnBack, Undo, decide
 from worker.engine.journal import Journal, journal
-from worker.engine.operation import kind_of
+from worker.engine.kinds import kind_of
 from worker.engine.record import Record, State, StepState
 from worker.errors import Cancelled
 from worker.settings import get_settings
@@ -32,9 +32,7 @@ def advance(operation_id: str, *, prompt: bool = False, leases_count: bool = Tru
     if record is None:
         book.forget_attention(operation_id)
         return None
-    executing = [
-        step for step in (*record.steps.values(), *record.undo_steps) if step.state is StepState.RUNNING
-    ]
+    executing = [step for step in (*record.steps.values(), *record.undo_steps) if step.state is StepState.RUNNING]
     clock = Clock(book.now(), get_settings().publish_grace, leases_count)
     decision = decide(record, book.leases(record, executing), clock, prompt=prompt)
     match decision:
@@ -116,6 +114,4 @@ def _show_ended(task_id: str, record: Record | None) -> None:
             dispatcher.send("task-succeeded", uuid=task_id, result=f"{record.id} succeeded", runtime=took)
         else:
             message = (record.error or {}).get("message", "")
-            dispatcher.send(
-                "task-failed", uuid=task_id, exception=f"{record.id} {record.state.value}: {message}"
-            )
+            dispatcher.send("task-failed", uuid=task_id, exception=f"{record.id} {record.state.value}: {message}")

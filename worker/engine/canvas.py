@@ -21,9 +21,7 @@ Canvas = Any
 
 def step_signature(task: Any, plan: StepPlan, operation_id: str, instance: str) -> Signature[Any]:
     """The message of one step. Immutable: what a step needs of another it finds in the journal."""
-    message: Signature[Any] = task.si(
-        operation=operation_id, step=plan.key, instance=instance, host=plan.host
-    )
+    message: Signature[Any] = task.si(operation=operation_id, step=plan.key, instance=instance, host=plan.host)
     return message.set(queue=host_queue(plan.host, plan.queue))
 
 
@@ -56,6 +54,4 @@ def _stages(canvas: Canvas) -> list[list[Signature[Any]]]:
 
 def _plan(signature: Signature[Any]) -> StepPlan:
     queue = str(signature.options["queue"]).rpartition(".")[2]
-    return StepPlan(
-        key=signature.kwargs["step"], name=str(signature.task), host=signature.kwargs["host"], queue=queue
-    )
+    return StepPlan(key=signature.kwargs["step"], name=str(signature.task), host=signature.kwargs["host"], queue=queue)

@@ -104,9 +104,7 @@ def _undoing(record: Record, leases: Mapping[str, float], clock: Clock, *, promp
     return Undo(left) if wait <= 0 else Look(wait)
 
 
-def _wait(
-    step: StepRecord, record: Record, leases: Mapping[str, float], clock: Clock, *, prompt: bool
-) -> float:
+def _wait(step: StepRecord, record: Record, leases: Mapping[str, float], clock: Clock, *, prompt: bool) -> float:
     """Seconds until the step must be published; zero or less: now."""
     if step.key in leases:
         return max(leases[step.key], 0.05)
@@ -123,9 +121,7 @@ def _wait(
 
 def _ready_since(record: Record) -> float:
     """When nothing stood before the step any more: the end of the latest step before it, or the admission."""
-    ends: Sequence[float] = [
-        other.ended_at for other in (*record.steps.values(), *record.undo_steps) if other.ended_at
-    ]
+    ends: Sequence[float] = [other.ended_at for other in (*record.steps.values(), *record.undo_steps) if other.ended_at]
     return max([record.submitted_at, *ends])
 
 

@@ -77,9 +77,7 @@ class Journal:
 
     # --- taking in -----------------------------------------------------------------------------------------------
 
-    def admit(
-        self, operation_id: str, head: dict[str, Any], digest: str, stages: Stages, *, wait: bool
-    ) -> Admission:
+    def admit(self, operation_id: str, head: dict[str, Any], digest: str, stages: Stages, *, wait: bool) -> Admission:
         """Write a new operation down and claim its instance."""
         instance = head["instance"]
         plan = [[step.as_dict() for step in stage] for stage in stages]
@@ -160,9 +158,7 @@ class Journal:
         """Ids of operations whose time to be looked at has come, the longest overdue first."""
         now = self.now()
         with translated():
-            return cast(
-                "list[str]", self.redis.zrangebyscore(keys.ATTENTION, "-inf", now, start=0, num=limit)
-            )
+            return cast("list[str]", self.redis.zrangebyscore(keys.ATTENTION, "-inf", now, start=0, num=limit))
 
     def look_in(self, operation_id: str, seconds: float) -> None:
         """Have the reaper look at an operation that has not ended in `seconds` from now."""
@@ -288,9 +284,7 @@ class Journal:
 
     def wait_for(self, operation_id: str, task_id: str) -> bool:
         """Let a Celery task's result be the final record; False when the operation has ended already."""
-        return bool(
-            self._run("wait_for", [keys.operation(operation_id), keys.waiters(operation_id)], task_id)
-        )
+        return bool(self._run("wait_for", [keys.operation(operation_id), keys.waiters(operation_id)], task_id))
 
     def waiters(self, operation_id: str) -> list[str]:
         """Ids of the Celery tasks to be answered."""

@@ -72,9 +72,7 @@ class LeaseKeeper:
             except BrokerUnavailable as error:
                 if silent_since is None:
                     silent_since = time.monotonic()
-                    log.warning(
-                        "cannot renew the lease; the step goes on", step=self.lease.step, error=str(error)
-                    )
+                    log.warning("cannot renew the lease; the step goes on", step=self.lease.step, error=str(error))
             except Exception:
                 log.exception("renewing the lease failed", step=self.lease.step, ttl=get_settings().lease_ttl)
 

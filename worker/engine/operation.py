@@ -1,4 +1,4 @@
-"""Operations: what a scheduler asks for. One function per kind builds its canvas; this module admits requests."""
+"""Operations: what a scheduler asks for. Requests are admitted here, by name or from this process."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import structlog
-from celery.canvas import Signature
 from celery.exceptions import Ignore
 from pydantic import ValidationError
 
 from worker.app import SHARED_QUEUE, app
+from worker.engine.advance import advance
 from worker.engine.canvas import Canvas, stages_of
 from worker.engine.journal import journal
+from worker.engine.kinds import Asked, Kind, Operation, add_kind, kind_for
 from worker.engine.record import Record, State
 from worker.engine.registry import registry
 from worker.engine.requests import Request, Target
@@ -25,49 +25,7 @@ from worker.models import explain
 
 log = structlog.get_logger(__name__)
 
-Asked = TypeVar("Asked", bound=Request)
 _OF_THE_CALL = ("operation_id", "wait_if_busy")
-
-
-@dataclass(frozen=True)
-class Operation(Generic[Asked]):
-    """An operation as its canvas is built: what was asked, for which instance, on which host."""
-
-    id: str
-    request: Asked
-    instance: str
-    uuid: str
-    host: str
-
-
-@dataclass(frozen=True)
-class Kind(Generic[Asked]):
-    """A kind of operation: its name, the form of its request, and its canvas."""
-
-    name: str
-    request: type[Asked]
-    build: Callable[[Operation[Asked]], Canvas]
-
-    def of(self, record: Record) -> Operation[Asked]:
-        """The operation of a record, as it was when it was admitted."""
-        request = self.request.model_validate(record.request)
-        return Operation(record.id, request, record.instance, record.uuid, record.host)
-
-
-_kinds: dict[str, Kind[Any]] = {}
-
-
-def kind_of(name: str) -> Kind[Any]:
-    """The kind of that name."""
-    if name not in _kinds:
-        app.loader.import_default_modules()
-    return _kinds[name]
-
-
-def kind_for(request: Request) -> Kind[Any]:
-    """The kind that a request of this form asks for."""
-    app.loader.import_default_modules()
-    return next(kind for kind in _kinds.values() if kind.request is type(request))
 
 
 def operation(
@@ -77,9 +35,9 @@ def operation(
 
     def register(build: Callable[[Operation[Asked]], Canvas]) -> Callable[[Operation[Asked]], Canvas]:
         kind = Kind(name, request, build)
-        _kinds[name] = kind
+        add_kind(kind)
 
-        def by_name(task: Any, **arguments: Any) -> dict[str, Any]:
+        def by_name(task: Any, /, **arguments: Any) -> dict[str, Any]:
             return _admit_by_name(kind, task, arguments)
 
         by_name.__doc__ = build.__doc__
@@ -104,8 +62,6 @@ def new_id() -> str:
 
 
 def _admit(kind: Kind[Any], request: Request, operation_id: str) -> Record:
-    from worker.engine.advance import advance  # advance builds canvases, so it knows this module
-
     book = journal()
     asked = request.model_dump(mode="json", exclude=set(_OF_THE_CALL))
     digest = hashlib.sha256(json.dumps([kind.name, asked], sort_keys=True).encode()).hexdigest()
@@ -114,9 +70,7 @@ def _admit(kind: Kind[Any], request: Request, operation_id: str) -> Record:
         return _attach(known, kind, asked)
     try:
         target = request.target(registry(), operation_id)
-        stages = stages_of(
-            kind.build(Operation(operation_id, request, target.instance, target.uuid, target.host))
-        )
+        stages = stages_of(kind.build(Operation(operation_id, request, target.instance, target.uuid, target.host)))
         head = _head(kind, asked, target)
         admission = book.admit(operation_id, head, digest, stages, wait=request.wait_if_busy)
         if admission.outcome == "busy":
@@ -137,9 +91,7 @@ def _admit(kind: Kind[Any], request: Request, operation_id: str) -> Record:
 
 def _attach(known: Record, kind: Kind[Any], asked: dict[str, Any]) -> Record:
     if (known.kind, known.request) != (kind.name, asked):
-        differing = sorted(
-            key for key in {*asked, *known.request} if asked.get(key) != known.request.get(key)
-        )
+        differing = sorted(key for key in {*asked, *known.request} if asked.get(key) != known.request.get(key))
         raise OperationConflict(
             f"operation id {known.id!r} was used before for another request "
             f"({known.kind} of {known.instance!r}; differing: {', '.join(differing) or 'kind'})",
@@ -191,14 +143,10 @@ def _validated(kind: Kind[Any], arguments: dict[str, Any], operation_id: str) ->
 
 def _bounded(arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments short enough to be kept in the record of their rejection."""
-    return {
-        key: value if len(json.dumps(value)) <= 1000 else "<too long>" for key, value in arguments.items()
-    }
+    return {key: value if len(json.dumps(value)) <= 1000 else "<too long>" for key, value in arguments.items()}
 
 
-def _turned_away(
-    kind: Kind[Any], operation_id: str, arguments: dict[str, Any], error: FleetError
-) -> dict[str, Any]:
+def _turned_away(kind: Kind[Any], operation_id: str, arguments: dict[str, Any], error: FleetError) -> dict[str, Any]:
     target = _named(arguments)
     return Record(
         id=operation_id,

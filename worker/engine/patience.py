@@ -13,9 +13,7 @@ Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
 
 
-def patiently(
-    call: Callable[Arguments, Returned], *args: Arguments.args, **kwargs: Arguments.kwargs
-) -> Returned:
+def patiently(call: Callable[Arguments, Returned], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
     """Call until Redis answers. Only for calls that may be repeated."""
     attempt = retry(
         retry=retry_if_exception_type(BrokerUnavailable), wait=wait_random_exponential(multiplier=0.1, max=2)

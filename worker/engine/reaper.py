@@ -82,6 +82,4 @@ class Reaper(threading.Thread):
 
     def _leads(self) -> bool:
         with translated():
-            return bool(
-                cast("int", self._lead(keys=[keys.REAPER], args=[self.worker, int(LEADER_TTL * 1000)]))
-            )
+            return bool(cast("int", self._lead(keys=[keys.REAPER], args=[self.worker, int(LEADER_TTL * 1000)])))

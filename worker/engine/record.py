@@ -112,9 +112,7 @@ class UndoEntry:
 
     def as_json(self) -> str:
         """As the journal keeps it; equal entries are equal text."""
-        return json.dumps(
-            {"action": self.action, "host": self.host, "arguments": self.arguments}, sort_keys=True
-        )
+        return json.dumps({"action": self.action, "host": self.host, "arguments": self.arguments}, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -180,9 +178,7 @@ def _discreet(request: dict[str, Any]) -> dict[str, Any]:
 def parse(operation_id: str, fields: dict[str, str], undo: list[str]) -> Record:
     """A record from its hash and its list of undo entries."""
     head = json.loads(fields["head"])
-    stages = tuple(
-        tuple(StepPlan(**step) for step in stage) for stage in json.loads(fields.get("plan", "[]"))
-    )
+    stages = tuple(tuple(StepPlan(**step) for step in stage) for stage in json.loads(fields.get("plan", "[]")))
     entries = tuple(UndoEntry(**json.loads(entry)) for entry in undo)
     return Record(
         id=operation_id,

@@ -20,9 +20,7 @@ Redis has forgotten everything in between."""
 
 def _checked_id(value: str) -> str:
     if not re.match(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", value):
-        raise ValueError(
-            "allowed: 1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit"
-        )
+        raise ValueError("allowed: 1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit")
     return value
 
 

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from worker.app import app
 from worker.engine.canvas import step_signature
 from worker.engine.execution import execute
-from worker.engine.operation import Operation, kind_of
+from worker.engine.kinds import Operation, kind_of
 from worker.engine.record import StepPlan
 from worker.engine.step_context import StepContext
 from worker.errors import FleetError
@@ -34,7 +34,7 @@ class Retries:
     def pause(self, attempt: int) -> float:
         """Seconds to wait after this attempt; with jitter, so that a sick host is not met by all at once."""
         pause = min(self.first_pause * 2.0 ** min(attempt - 1, 30), self.longest_pause)
-        return pause * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, not a secret
+        return pause * random.uniform(0.75, 1.25)
 
 
 @dataclass(frozen=True)

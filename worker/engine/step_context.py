@@ -99,9 +99,7 @@ class StepContext:
         try:
             self._book.report(self.operation, self.lease.step, report)
         except BrokerUnavailable as error:
-            log.debug(
-                "progress not reported", error=str(error)
-            )  # the copy goes on; the next report says more
+            log.debug("progress not reported", error=str(error))  # the copy goes on; the next report says more
 
     def _show(self, line: str) -> None:
         # Flower shows `result` of a custom task event in state PROGRESS; it ignores update_state (measured).

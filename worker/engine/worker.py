@@ -51,9 +51,7 @@ class Heartbeat(threading.Thread):
             log.warning("no farewell: Redis is away", error=str(error))
 
 
-def run_worker(
-    kind: WorkerKind, hosts: Sequence[str], *, when_ready: Callable[[], None], loglevel: str
-) -> None:
+def run_worker(kind: WorkerKind, hosts: Sequence[str], *, when_ready: Callable[[], None], loglevel: str) -> None:
     """Serve the queues of these hosts until told to stop. `when_ready` runs beside the first work."""
     name = f"{kind}@{hosts[0]}"
     heartbeat = Heartbeat(hosts, kind)

@@ -107,7 +107,9 @@ def measure(path: Path, fmt: DiskFormat, target_format: DiskFormat) -> int:
     return int(json.loads(answer)["required"])
 
 
-def check(path: Path, fmt: DiskFormat, *, watch: Watcher | None = None, stall: float | None = None) -> CheckResult:
+def check(
+    path: Path, fmt: DiskFormat, *, watch: Watcher | None = None, stall: float | None = None
+) -> CheckResult:
     """Check the metadata of an image that no guest has open; a format without any is always sound."""
     if fmt == "raw":
         return CheckResult(0, 0)

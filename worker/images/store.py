@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-import stat
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TypeVar
 
-import httpx
 from pydantic import ValidationError
 
 from worker.context import Watcher
-from worker.errors import (
-    ChecksumMismatch,
-    FencedOff,
-    FleetError,
-    ImageNotFound,
-    InstanceLocked,
-    InvalidSpec,
-    Stalled,
-    TransferInterrupted,
-)
-from worker.images import transfer
-from worker.images.files import locked, publish, require_space, write_text_durably
+from worker.errors import ChecksumMismatch, FencedOff, FleetError, InstanceLocked, Stalled
+from worker.images.files import locked, publish, write_text_durably
 from worker.images.inspect import inspect
 from worker.images.layout import DataDir
+from worker.images.sources import Limits, Source, SourceRecord, source_of
 from worker.models import BaseImage, DiskFormat, Frozen
 
 _WAIT_ROUND = 0.5  # seconds between two looks at somebody else's fetch
 
+Model = TypeVar("Model", bound=Frozen)
+
 
 class StoredImage(Frozen):
-    """Beside each image: what it was when it was put there. Sizes in bytes."""
+    """Lies beside each image: what it was when it was put there. Sizes in bytes."""
 
     format: DiskFormat
     virtual_size: int
@@ -46,20 +34,9 @@ class StoredImage(Frozen):
     mtime_ns: int
 
 
-class SourceRecord(Frozen):
-    """What a path or an address led to when it was last fetched, and how to see whether it still does."""
-
-    source: str
-    sha256: str
-    fetched_at: float
-    identity: tuple[int, ...] = ()
-    etag: str | None = None
-    last_modified: str | None = None
-
-
 @dataclass(frozen=True)
 class ImageCache:
-    """The images of one host. Bytes, and for `stall` seconds."""
+    """The images of one host. Limits in bytes; `stall` in seconds."""
 
     data: DataDir
     roots: Sequence[Path]
@@ -69,10 +46,151 @@ class ImageCache:
     stall: float = 120.0
 
     def fetch(self, image: str, sha256: str | None, operation: str, watch: Watcher) -> BaseImage:
-        """The image at an absolute path under one of `roots`, or at an http(s) address, from the cache.
+        """The image at an absolute path below one of `roots` or at an http(s) address, from the cache if it is there.
 
-        With `sha256` given, a cached image is returned without a look at its source. Two fetches of one image at once
+        With `sha256` given, a cached image is returned without asking its source. Two fetches of one image at once
         fetch it once. Raises InvalidSpec, ImageNotFound, ImageRejected, ChecksumMismatch, NoSpace,
-        TransferInterrupted, Stalled, and what `watch` raises; then nothing remains but a download to be continued.
+        TransferInterrupted, Stalled, and what `watch` raises; what remains then is at most a download to continue.
         """
-        raise NotImplementedError
+        asked_at = time.time()
+        source = source_of(image, self.roots)
+        found = self._find(source, sha256, asked_at)
+        if found is not None:
+            return found
+        self.data.create()
+        with self._alone(source, operation, watch):
+            return self._find(source, sha256, asked_at) or self._bring(source, sha256, operation, watch)
+
+    def _find(self, source: Source, sha256: str | None, asked_at: float) -> BaseImage | None:
+        if sha256 is None:
+            record = self._record_of(source)
+            if record is None or not source.is_current(record, asked_at):
+                return None
+            sha256 = record.sha256
+        return self._cached(sha256)
+
+    def _cached(self, sha256: str) -> BaseImage | None:
+        """The image of that content, unless it is not there or is not what was put there."""
+        stored = _read(self.data.images / f"{sha256}.json", StoredImage)
+        if stored is None:
+            return None
+        path = self.data.images / f"{sha256}.{stored.format}"
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return None
+        # The time too: a commit into the base would leave its size as it was.
+        if (found.st_size, found.st_mtime_ns) != (stored.size, stored.mtime_ns):
+            return None
+        return BaseImage(
+            path=path,
+            sha256=sha256,
+            format=stored.format,
+            virtual_size=stored.virtual_size,
+            actual_size=stored.actual_size,
+        )
+
+    @contextlib.contextmanager
+    def _alone(self, source: Source, operation: str, watch: Watcher) -> Iterator[None]:
+        """Hold the source's lock; wait for another's fetch for as long as it moves."""
+        lock = self.data.sources / f"{source.key}.lock"
+        arrived, moved_at = -1, time.monotonic()
+        with contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(locked(lock, operation=operation, wait=_WAIT_ROUND, watch=watch))
+                    break
+                except InstanceLocked as busy:
+                    if (now_arrived := self._arrived(source)) != arrived:
+                        arrived, moved_at = now_arrived, time.monotonic()
+                    elif time.monotonic() - moved_at > self.stall:
+                        raise Stalled(
+                            f"{source.name} is being fetched, but nothing arrives. {busy.message}"
+                        ) from busy
+                    watch.progress(arrived, None, "waiting for another fetch")
+            yield
+
+    def _arrived(self, source: Source) -> int:
+        return sum(path.stat().st_size for path in self.data.tmp.glob(f"*@{source.key}.part"))
+
+    def _bring(self, source: Source, sha256: str | None, operation: str, watch: Watcher) -> BaseImage:
+        known = self._record_of(source)
+        if known is not None and self._cached(known.sha256) is None:
+            known = None
+        temporary = source.temporary(self.data, operation)
+        with _cleared(temporary):
+            limits = Limits(self.max_bytes, self.reserve_bytes, self.stall)
+            record = source.retrieve(temporary, known, limits, watch)
+            if record is None and known is not None:
+                record = known.model_copy(update={"fetched_at": time.time()})
+            assert record is not None, "only a known image can be unchanged"
+            _require_digest(source, sha256, record.sha256)
+            image = self._cached(record.sha256) or self._admit(temporary, source, record.sha256, watch)
+            write_text_durably(self._record_path(source), record.model_dump_json())
+        return image
+
+    def _admit(self, temporary: Path, source: Source, sha256: str, watch: Watcher) -> BaseImage:
+        facts = inspect(temporary, max_virtual_bytes=self.max_virtual_bytes, source=source.name, watch=watch)
+        temporary.chmod(0o444)
+        path = self.data.images / f"{sha256}.{facts.format}"
+        publish(temporary, path, watch)
+        found = path.stat()
+        actual_size = found.st_blocks * 512
+        stored = StoredImage(
+            format=facts.format,
+            virtual_size=facts.virtual_size,
+            actual_size=actual_size,
+            size=found.st_size,
+            mtime_ns=found.st_mtime_ns,
+        )
+        # Last: an image without this is not in the cache.
+        write_text_durably(self.data.images / f"{sha256}.json", stored.model_dump_json())
+        return BaseImage(
+            path=path,
+            sha256=sha256,
+            format=facts.format,
+            virtual_size=facts.virtual_size,
+            actual_size=actual_size,
+        )
+
+    def _record_path(self, source: Source) -> Path:
+        return self.data.sources / f"{source.key}.json"
+
+    def _record_of(self, source: Source) -> SourceRecord | None:
+        return _read(self._record_path(source), SourceRecord)
+
+
+def _read(path: Path, model: type[Model]) -> Model | None:
+    """What the file says; None if it is not there or is no such thing: it can always be made again."""
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _require_digest(source: Source, wanted: str | None, found: str) -> None:
+    if wanted is not None and wanted != found:
+        raise ChecksumMismatch(
+            f"{source.name} has the sha256 {found}, but {wanted} was given.",
+            hint="Check the sum its publisher gives; if the image has been replaced there, give the new sum.",
+            source=source.name,
+            given=wanted,
+            found=found,
+        )
+
+
+@contextlib.contextmanager
+def _cleared(temporary: Path) -> Iterator[None]:
+    """Leave nothing behind, except what the same or another operation can continue."""
+    try:
+        yield
+    except FleetError as error:
+        if not (error.retryable or isinstance(error, FencedOff)):
+            _discard(temporary)
+        raise
+    _discard(temporary)
+
+
+def _discard(temporary: Path) -> None:
+    for path in temporary.parent.glob(f"{temporary.name}*"):
+        path.unlink(missing_ok=True)

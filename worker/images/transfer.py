@@ -174,7 +174,13 @@ class _Download:
         reserve: int,
         headers: Mapping[str, str],
     ) -> None:
-        self.url, self.shown, self.partial, self.watch, self.headers = url, shown_url(url), partial, watch, headers
+        self.url, self.shown, self.partial, self.watch, self.headers = (
+            url,
+            shown_url(url),
+            partial,
+            watch,
+            headers,
+        )
         self.max_bytes, self.stall, self.reserve = max_bytes, stall, reserve
         self.total: int | None = None
         self._furthest, self._fruitless = 0, 0
@@ -235,12 +241,18 @@ class _Download:
         self.partial.finish()
         headers = response.headers
         return Downloaded(
-            self.partial.digest.hexdigest(), self.partial.size, headers.get("etag"), headers.get("last-modified")
+            self.partial.digest.hexdigest(),
+            self.partial.size,
+            headers.get("etag"),
+            headers.get("last-modified"),
         )
 
     def _is_complete(self, response: httpx.Response) -> bool:
         """Whether there is nothing beyond what has arrived. If-Range was checked first (RFC 9110, 13.2.2)."""
-        return response.status_code == 416 and response.headers.get("content-range") == f"bytes */{self.partial.size}"
+        return (
+            response.status_code == 416
+            and response.headers.get("content-range") == f"bytes */{self.partial.size}"
+        )
 
     def _begin(self, response: httpx.Response) -> None:
         """Accept the answer: the rest of what is here already, or all of it anew."""

@@ -1,0 +1,203 @@
+"""The places images come from: files below the allowed folders, and http(s) addresses."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from worker.context import Watcher
+from worker.errors import ImageNotFound, ImageRejected, InvalidSpec, TransferInterrupted
+from worker.images import transfer
+from worker.images.files import require_space
+from worker.images.layout import DataDir
+from worker.models import Frozen
+
+
+class SourceRecord(Frozen):
+    """What a source led to when it was last fetched, and by what to see whether it still does."""
+
+    source: str
+    sha256: str
+    fetched_at: float
+    identity: tuple[int, ...] = ()
+    etag: str | None = None
+    last_modified: str | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What fetching an image may use up: bytes, and seconds without progress."""
+
+    max_bytes: int
+    reserve_bytes: int
+    stall: float
+
+
+class Source(ABC):
+    """A place an image comes from; `name` is for people, `key` for file names."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name = name
+        self.key = hashlib.sha256(address.encode()).hexdigest()
+
+    @abstractmethod
+    def is_current(self, record: SourceRecord, since: float) -> bool:
+        """Whether `record` holds for somebody who asked at the time `since`, as far as a glance can tell."""
+
+    @abstractmethod
+    def temporary(self, data: DataDir, operation: str) -> Path:
+        """Where the image is put while it arrives."""
+
+    @abstractmethod
+    def retrieve(
+        self, target: Path, known: SourceRecord | None, limits: Limits, watch: Watcher
+    ) -> SourceRecord | None:
+        """Bring the image to `target`; None if it is the `known` one still."""
+
+
+class LocalFile(Source):
+    """A file of this host, below one of the allowed folders whatever links lead to it."""
+
+    def __init__(self, image: str, roots: Sequence[Path]) -> None:
+        super().__init__(image, image)
+        self._roots = [root.resolve() for root in roots]
+        self.path = Path(image).resolve()
+        if not self._is_allowed(self.path):
+            raise self._forbidden(self.path)
+
+    def is_current(self, record: SourceRecord, since: float) -> bool:
+        try:
+            return record.identity == _identity(self.path.stat())
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def temporary(self, data: DataDir, operation: str) -> Path:
+        return data.temporary(operation, f"{self.key}.part")
+
+    def retrieve(
+        self, target: Path, known: SourceRecord | None, limits: Limits, watch: Watcher
+    ) -> SourceRecord | None:
+        descriptor = self._open()
+        with open(descriptor, "rb", buffering=0) as file:
+            before = os.fstat(descriptor)
+            self._accept(descriptor, before, limits.max_bytes)
+            require_space(target.parent, before.st_blocks * 512, limits.reserve_bytes)
+            target.unlink(missing_ok=True)
+            sha256 = transfer.copy(file, target, watch=watch)
+            if _identity(os.fstat(descriptor)) != _identity(before):
+                raise TransferInterrupted(f"{self.name} was changed while it was copied.", source=self.name)
+        return SourceRecord(
+            source=self.name, sha256=sha256, fetched_at=time.time(), identity=_identity(before)
+        )
+
+    def _open(self) -> int:
+        try:
+            # O_NONBLOCK: opening a named pipe would wait for a writer.
+            return os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _accept(self, descriptor: int, found: os.stat_result, max_bytes: int) -> None:
+        # A link may have been put in the path since it was looked at; the kernel knows what was really opened.
+        opened = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if not self._is_allowed(opened):
+            raise self._forbidden(opened)
+        if not stat.S_ISREG(found.st_mode):
+            raise ImageRejected(f"{self.name} is refused: found no regular file; allowed: an image file.")
+        if found.st_size > max_bytes:
+            raise transfer.too_large(self.name, found.st_size, max_bytes)
+
+    def _is_allowed(self, path: Path) -> bool:
+        return any(path.is_relative_to(root) for root in self._roots)
+
+    def _forbidden(self, path: Path) -> InvalidSpec:
+        led = f", which leads to {path}" if str(path) != self.name else ""
+        allowed = ", ".join(map(str, self._roots)) or "none"
+        return InvalidSpec(
+            f"image: given {self.name}{led}; allowed: a file below {allowed}, or an http(s) address.",
+            hint="Put the image there, or name its folder in VIRTFLEET_IMAGE_ROOTS.",
+            field="image",
+            given=self.name,
+            allowed=[str(root) for root in self._roots],
+        )
+
+    def _unreadable(self, error: OSError) -> ImageNotFound:
+        return ImageNotFound(f"The image {self.name} cannot be read: {error.strerror}.", source=self.name)
+
+
+class WebAddress(Source):
+    """An http(s) address; asked again whether it has changed each time it is wanted."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(transfer.shown_url(url), url)
+        self.url = url
+
+    def is_current(self, record: SourceRecord, since: float) -> bool:
+        return record.fetched_at >= since
+
+    def temporary(self, data: DataDir, operation: str) -> Path:
+        return data.partial_download(self.key)
+
+    def retrieve(
+        self, target: Path, known: SourceRecord | None, limits: Limits, watch: Watcher
+    ) -> SourceRecord | None:
+        got = transfer.download(
+            self.url,
+            target,
+            watch=watch,
+            max_bytes=limits.max_bytes,
+            stall=limits.stall,
+            reserve=limits.reserve_bytes,
+            headers=_condition(known),
+        )
+        if got is None:
+            return None
+        return SourceRecord(
+            source=self.name,
+            sha256=got.sha256,
+            fetched_at=time.time(),
+            etag=got.etag,
+            last_modified=got.last_modified,
+        )
+
+
+def source_of(image: str, roots: Sequence[Path]) -> Source:
+    """The source an image's path or address stands for. Raises InvalidSpec."""
+    if image.startswith("/") and "\0" not in image:
+        return LocalFile(image, roots)
+    if image.lower().startswith(("http://", "https://")):
+        try:
+            if httpx.URL(image).host:
+                return WebAddress(image)
+        except httpx.InvalidURL as error:
+            raise _not_an_image(image) from error
+    raise _not_an_image(image)
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    """Changes whenever the content does: no write leaves all of these as they were."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _condition(known: SourceRecord | None) -> dict[str, str]:
+    if known is None:
+        return {}
+    headers = {"If-None-Match": known.etag, "If-Modified-Since": known.last_modified}
+    return {name: value for name, value in headers.items() if value}
+
+
+def _not_an_image(image: str) -> InvalidSpec:
+    return InvalidSpec(
+        f"image: given {image}; allowed: an absolute path, or an http(s) address.",
+        field="image",
+        given=image,
+        allowed="an absolute path, or an http(s) address",
+    )
