@@ -1,0 +1,257 @@
+"""A KVM host of the lab: a libvirtd of its own with its guests, apart from the machine's and each other's.
+
+As root, a host is a set of namespaces with private /run, /etc/libvirt and /var/lib/libvirt: qemu:///system.
+As an ordinary user, it is a session daemon with private XDG folders: qemu:///session.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shlex
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from tests.lab.process import Keeper, LabError, Process, kill9, tail, wait_until
+
+SOCKET_PATH_BYTES = 107  # sun_path holds 108, one of them NUL: unix(7)
+# Under XDG_CONFIG_HOME, the longest path that a session libvirtd listens on.
+LONGEST_SOCKET = f"libvirt/qemu/channel/target/domain-99-{'x' * 20}/org.qemu.guest_agent.0"
+
+NAMESPACES = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
+KVM = "/dev/kvm"
+PRIVATE_FOLDERS = {
+    "run": "/run",
+    "etc": "/etc/libvirt",
+    "lib": "/var/lib/libvirt",
+    "log": "/var/log/libvirt",
+    "cache": "/var/cache/libvirt",
+}
+
+
+class LabHost:
+    """A host with its files in `folder`/`name`; a context manager that brings it up and down.
+
+    `uri` is its libvirt from this process; `env` is what a fleet worker needs to serve it.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder / name
+        self.data = self.folder / "data"
+        self.images = self.folder / "images"
+        self._root = os.geteuid() == 0
+        self._socket = self.folder / "run" / "libvirt" / "libvirt-sock"
+        self._uuid = uuid.uuid4()
+        self._keeper: Keeper | None = None
+        self._libvirtd: Process | None = None
+        excess = len(str(self.folder / LONGEST_SOCKET)) - SOCKET_PATH_BYTES
+        if excess > 0 and not self._root:
+            raise LabError(f"the path {self.folder} is {excess} bytes too long for libvirt's sockets")
+
+    @property
+    def uri(self) -> str:
+        return f"qemu+unix:///{'system' if self._root else 'session'}?socket={self._socket}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Environment of a worker next to this host."""
+        return {
+            "VIRTFLEET_LIBVIRT_URI": self.uri,
+            "VIRTFLEET_DATA_DIR": str(self.data),
+            "VIRTFLEET_IMAGE_ROOTS": json.dumps([str(self.images)]),
+            # A nested KVM can be opened and still hang guests; TCG runs the same on every machine.
+            "VIRTFLEET_ACCEL": "qemu",
+        }
+
+    def __enter__(self) -> Self:
+        self.up()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.down()
+
+    def up(self) -> None:
+        """Start it, also after `crash()`, and wait until libvirtd answers. If that fails, nothing runs."""
+        try:
+            self._boot()
+        except BaseException:
+            self.crash()
+            raise
+
+    def crash(self) -> None:
+        """Power loss: libvirtd, guests and all else on the host end at once; its files stay."""
+        if self._keeper:
+            self._keeper.end()
+        self._keeper = self._libvirtd = None
+
+    def down(self) -> None:
+        """End the host and remove its files."""
+        self.crash()
+        shutil.rmtree(self.folder)
+
+    def libvirtd_kill9(self) -> None:
+        """SIGKILL libvirtd; the guests run on."""
+        self._daemon.kill9()
+
+    def libvirtd_stop(self) -> None:
+        """SIGTERM libvirtd; the guests run on."""
+        self._daemon.stop(timeout=30)
+
+    def libvirtd_start(self) -> None:
+        """Start libvirtd and wait until it answers."""
+        self._daemon.start()
+        wait_until(self._answers_or_ended, 60, f"libvirtd of {self.name} answers", self._daemon.log)
+        self._daemon.require_alive()
+
+    def libvirtd_restart(self) -> None:
+        self.libvirtd_stop()
+        self.libvirtd_start()
+
+    @contextmanager
+    def libvirtd_frozen(self) -> Iterator[None]:
+        """libvirtd accepts connections in the `with` block, but answers nothing; the guests run on."""
+        with self._daemon.frozen():
+            yield
+
+    def processes(self) -> list[int]:
+        """Pids of all that runs on the host, as seen by this process."""
+        return self._keeper.processes() if self._keeper else []
+
+    def qemu_pid(self, domain: str) -> int:
+        """Pid of a running guest's QEMU, as seen by this process; raises LabError if it does not run."""
+        option = f"guest={domain.replace(',', ',,')},"
+        for pid in self.processes():
+            if any(word.startswith(option) for word in _command_line(pid)):
+                return pid
+        raise LabError(f"no QEMU of a guest {domain} runs on {self.name}\n{self.log_tail()}")
+
+    def kill_guest(self, domain: str) -> None:
+        """SIGKILL a guest's QEMU: the guest crashes."""
+        kill9(self.qemu_pid(domain))
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The end of libvirtd's log, for error messages."""
+        return tail(self.folder / "libvirtd.log", lines)
+
+    @property
+    def _daemon(self) -> Process:
+        if not self._libvirtd:
+            raise LabError(f"host {self.name} is not up")
+        return self._libvirtd
+
+    def _boot(self) -> None:
+        if self._keeper:
+            raise LabError(f"host {self.name} is up already")
+        self._make_folders()
+        env: dict[str, str] = {}
+        prefix: list[str] = []
+        if self._root:
+            self._write_system_files()
+            prefix = [*NAMESPACES, "sh", "-euc", self._boot_script(), "sh"]
+        else:
+            env = self._session_environment()
+        self._keeper = Keeper(self.folder / "keeper.log", prefix)
+        logd = Process(self._keeper, ["virtlogd"], self.folder / "virtlogd.log", env)
+        try:
+            logd.start()
+        except LabError as error:
+            hint = "It needs libvirt's daemons and, as root, CAP_SYS_ADMIN (docker run --privileged)."
+            raise LabError(f"host {self.name} does not boot: {error}\n{hint}") from None
+        logd_socket = self._socket.with_name("virtlogd-sock")
+        wait_until(logd_socket.exists, 30, f"virtlogd of {self.name} listens", logd.log)
+        self._libvirtd = Process(self._keeper, ["libvirtd"], self.folder / "libvirtd.log", env)
+        self.libvirtd_start()
+
+    def _make_folders(self) -> None:
+        shutil.rmtree(self.folder / "run", ignore_errors=True)  # as at any boot
+        for folder in (self.data, self.images, *(self.folder / name for name in PRIVATE_FOLDERS)):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        if not self._root:
+            (self.folder / "run").chmod(0o700)  # XDG Base Directory Specification
+
+    def _session_environment(self) -> dict[str, str]:
+        """Puts libvirt's folders below the host's; XDG_CONFIG_HOME holds sockets, hence its short path."""
+        return {
+            "HOME": str(self.folder),
+            "XDG_RUNTIME_DIR": str(self.folder / "run"),
+            "XDG_CONFIG_HOME": str(self.folder),
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
+            "XDG_DATA_HOME": str(self.folder / "lib"),
+        }
+
+    def _write_system_files(self) -> None:
+        user = _qemu_user()
+        _write_settings(
+            self.folder / "etc" / "libvirtd.conf",
+            # Two hosts with one uuid refuse migration: "to the same host".
+            host_uuid=str(self._uuid),
+            # No polkit here; the socket is root's alone, since whoever can use it is root.
+            auth_unix_rw="none",
+            unix_sock_rw_perms="0700",
+        )
+        _write_settings(
+            self.folder / "etc" / "qemu.conf",
+            user=user.pw_name,
+            group=str(user.pw_gid),
+            security_driver="none",
+            cgroup_controllers=[],  # they are the machine's
+            remember_owner=0,
+            namespaces=[],  # they cannot carry the file mounted over /dev/kvm
+        )
+        # libvirtd resolves its own name whenever it starts a guest: 10 s where DNS is missing.
+        (self.folder / "hosts").write_text(f"127.0.0.1 localhost {self.name}\n::1 localhost\n")
+        (self.folder / "no-kvm").touch()
+
+    def _boot_script(self) -> str:
+        """Runs first in the namespaces, where mounts are private; it becomes what its arguments name."""
+        script = [f"hostname {shlex.quote(self.name)}", self._bind("hosts", "/etc/hosts")]
+        # Where root can open /dev/kvm and the QEMU user cannot, libvirt probes QEMU at every lookup: 12 s for
+        # a define. A read-only file is closed to both: the host has no KVM at all.
+        script += [f"if [ -e {KVM} ]; then {self._bind('no-kvm', KVM)}; mount -o remount,bind,ro {KVM}; fi"]
+        for source, target in PRIVATE_FOLDERS.items():
+            script += [f"mkdir -p {target}", self._bind(source, target)]
+        return "\n".join([*script, 'exec "$@"'])
+
+    def _bind(self, source: str, target: str) -> str:
+        return f"mount --bind {shlex.quote(str(self.folder / source))} {target}"
+
+    def _answers_or_ended(self) -> bool:
+        return not self._daemon.alive or (self._socket.exists() and self._answers())
+
+    def _answers(self) -> bool:
+        # Another process, because virConnectOpen has no timeout.
+        asking = subprocess.run(
+            ["virsh", "--quiet", "--connect", self.uri, "list"],
+            check=False,
+            capture_output=True,
+            timeout=60,
+        )
+        return asking.returncode == 0
+
+
+def _qemu_user() -> pwd.struct_passwd:
+    """The user that the distribution's packages made for QEMU."""
+    for name in ("libvirt-qemu", "qemu"):
+        try:
+            return pwd.getpwnam(name)
+        except KeyError:
+            continue
+    raise LabError("there is no user libvirt-qemu or qemu: install the distribution's libvirt daemon")
+
+
+def _write_settings(path: Path, **settings: object) -> None:
+    path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
+
+
+def _command_line(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
