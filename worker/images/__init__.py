@@ -1,0 +1,1 @@
+"""The noun disk images: qemu-img, the image cache, transfers, seeds, and the files of instances."""

@@ -109,9 +109,7 @@ def _start(command: Command, pass_fds: tuple[int, ...]) -> subprocess.Popen[byte
 class _Running:
     """A program that runs: collects what it says and notices when it rests."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], command: Command, watch: Watcher, stall: float | None
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], command: Command, watch: Watcher, stall: float | None) -> None:
         self.process, self.command, self.watch, self.stall = process, command, watch, stall
         self.stdout, self.stderr, self._line = bytearray(), bytearray(), b""
         self._progress: Progress | None = None
@@ -121,10 +119,10 @@ class _Running:
 
     def to_the_end(self) -> int:
         """Follow the program until it has ended and all it wrote is read; returns its exit code."""
-        assert self.process.stdout is not None and self.process.stderr is not None
         with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdout, selectors.EVENT_READ, self._on_stdout)
-            selector.register(self.process.stderr, selectors.EVENT_READ, self._on_stderr)
+            for stream, take in ((self.process.stdout, self._on_stdout), (self.process.stderr, self._on_stderr)):
+                if stream is not None:
+                    selector.register(stream, selectors.EVENT_READ, take)
             # Without the pidfd the end would be noticed by polling: up to 0.25 s late for each short command.
             selector.register(self._pidfd, selectors.EVENT_READ)
             while selector.get_map():
@@ -138,6 +136,7 @@ class _Running:
         return self.process.wait()
 
     def close(self) -> None:
+        """Let go of the program's pipes."""
         os.close(self._pidfd)
         for stream in (self.process.stdout, self.process.stderr):
             if stream is not None:

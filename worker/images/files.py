@@ -105,9 +105,7 @@ def human_size(size: int) -> str:
 
 
 @contextlib.contextmanager
-def locked(
-    path: Path, *, operation: str = "", wait: float = 0.0, watch: Watcher | None = None
-) -> Iterator[int]:
+def locked(path: Path, *, operation: str = "", wait: float = 0.0, watch: Watcher | None = None) -> Iterator[int]:
     """Hold the lock file `path`, waiting at most `wait` seconds for it; yields the descriptor.
 
     A child given the descriptor (`pass_fds`) holds the lock for as long as it lives, whatever becomes of us.
@@ -147,7 +145,7 @@ def _acquire(path: Path, deadline: float, watch: Watcher) -> int:
 
 def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
@@ -170,9 +168,7 @@ def remove_tree(path: Path, root: Path) -> None:
     """Remove `path`, which must lie below `root`, with all it holds; nothing there is fine. Links are not followed."""
     place = path.parent.resolve() / path.name
     if not place.is_relative_to(root.resolve()) or place == root.resolve() or path.name in ("", ".."):
-        raise InternalError(
-            f"{path} does not lie below {root}: it is not removed.", path=str(path), root=str(root)
-        )
+        raise InternalError(f"{path} does not lie below {root}: it is not removed.", path=str(path), root=str(root))
     try:
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place)

@@ -78,9 +78,7 @@ class _Inspection:
         except format_inspector.ImageFormatError as error:
             self._reject(str(error))
         if found.NAME == "iso":
-            self._reject(
-                "a CD image (ISO 9660)", hint="Install from it once, and give the fleet the installed disk."
-            )
+            self._reject("a CD image (ISO 9660)", hint="Install from it once, and give the fleet the installed disk.")
         # The inspector calls an MBR "gpt" too, and a FAT boot sector, which has the same signature, "raw".
         if found.NAME not in ("raw", "gpt"):
             self._reject(
@@ -95,9 +93,7 @@ class _Inspection:
         if not start:
             self._reject("an empty file")
         if start.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
-            self._reject(
-                "a web page", hint="Check the address: it leads to a page rather than to the image itself."
-            )
+            self._reject("a web page", hint="Check the address: it leads to a page rather than to the image itself.")
         for magic, what in _WRAPPED.items():
             if start.startswith(magic):
                 self._reject(what, hint="Unpack it first, and give the fleet the image that was in it.")
@@ -125,9 +121,7 @@ class _Inspection:
             ("the mark of a corrupt image", found.corrupt),
         ):
             if present:
-                self._reject(
-                    f"a qcow2 image with {what}", hint="Flatten it: qemu-img convert -O qcow2 IMAGE NEW.qcow2"
-                )
+                self._reject(f"a qcow2 image with {what}", hint="Flatten it: qemu-img convert -O qcow2 IMAGE NEW.qcow2")
         if corruptions := self._ask(qemu_img.check, self.path, "qcow2", watch=self.watch).corruptions:
             self._reject(f"a damaged qcow2 image: {corruptions} errors", hint="Fetch or make it again.")
         return int(found.virtual_size)

@@ -95,9 +95,7 @@ def convert(
     total = info(source, source_format).virtual_size
     with _making(target):
         argv = ["qemu-img", "convert", "-p", "-W", "-m", "8", "-f", source_format, "-O", target_format]
-        command = Command(
-            [*argv, _safe(source), _safe(target)], "qemu-utils", parse=percent_of(total), output=target
-        )
+        command = Command([*argv, _safe(source), _safe(target)], "qemu-utils", parse=percent_of(total), output=target)
         run(command, watch=watch, stall=stall, pass_fds=pass_fds)
 
 
@@ -107,9 +105,7 @@ def measure(path: Path, fmt: DiskFormat, target_format: DiskFormat) -> int:
     return int(json.loads(answer)["required"])
 
 
-def check(
-    path: Path, fmt: DiskFormat, *, watch: Watcher | None = None, stall: float | None = None
-) -> CheckResult:
+def check(path: Path, fmt: DiskFormat, *, watch: Watcher | None = None, stall: float | None = None) -> CheckResult:
     """Check the metadata of an image that no guest has open; a format without any is always sound."""
     if fmt == "raw":
         return CheckResult(0, 0)

@@ -31,9 +31,7 @@ def build_seed(
     the meta-data too, where cloud-init finds them whatever the user-data is. Raises NoSpace.
     """
     files = {
-        "meta-data": _yaml(
-            {"instance-id": str(instance_id), "local-hostname": hostname, "public-keys": [*ssh_keys]}
-        ),
+        "meta-data": _yaml({"instance-id": str(instance_id), "local-hostname": hostname, "public-keys": [*ssh_keys]}),
         "user-data": user_data or "#cloud-config\n" + _yaml({"ssh_authorized_keys": [*ssh_keys]}),
     }
     if network_config:

@@ -17,7 +17,6 @@ from worker.context import Watcher
 from worker.errors import ImageNotFound, ImageRejected, InvalidSpec, TransferInterrupted
 from worker.images import transfer
 from worker.images.files import require_space
-from worker.images.layout import DataDir
 from worker.models import Frozen
 
 
@@ -44,23 +43,20 @@ class Limits:
 class Source(ABC):
     """A place an image comes from; `name` is for people, `key` for file names."""
 
+    # Whether what has arrived can be continued by another operation.
+    resumable = False
+
     def __init__(self, name: str, address: str) -> None:
         self.name = name
         self.key = hashlib.sha256(address.encode()).hexdigest()
 
     @abstractmethod
-    def is_current(self, record: SourceRecord, since: float) -> bool:
-        """Whether `record` holds for somebody who asked at the time `since`, as far as a glance can tell."""
+    def is_current(self, record: SourceRecord) -> bool:
+        """Whether `record` tells what the source holds now, as far as can be seen without reading it."""
 
     @abstractmethod
-    def temporary(self, data: DataDir, operation: str) -> Path:
-        """Where the image is put while it arrives."""
-
-    @abstractmethod
-    def retrieve(
-        self, target: Path, known: SourceRecord | None, limits: Limits, watch: Watcher
-    ) -> SourceRecord | None:
-        """Bring the image to `target`; None if it is the `known` one still."""
+    def retrieve(self, target: Path, known: SourceRecord | None, limits: Limits, watch: Watcher) -> SourceRecord:
+        """Bring the image to `target`, unless the source says that it is the `known` one still."""
 
 
 class LocalFile(Source):
@@ -73,20 +69,23 @@ class LocalFile(Source):
         if not self._is_allowed(self.path):
             raise self._forbidden(self.path)
 
-    def is_current(self, record: SourceRecord, since: float) -> bool:
+    def is_current(self, record: SourceRecord) -> bool:
+        """Whether the file is untouched. Raises ImageNotFound."""
         try:
             return record.identity == _identity(self.path.stat())
         except OSError as error:
             raise self._unreadable(error) from error
 
-    def temporary(self, data: DataDir, operation: str) -> Path:
-        return data.temporary(operation, f"{self.key}.part")
-
     def retrieve(
-        self, target: Path, known: SourceRecord | None, limits: Limits, watch: Watcher
-    ) -> SourceRecord | None:
+        self,
+        target: Path,
+        known: SourceRecord | None,  # noqa: ARG002 - a file is not asked whether it changed: it has been looked at
+        limits: Limits,
+        watch: Watcher,
+    ) -> SourceRecord:
+        """Copy the file. Raises ImageNotFound, ImageRejected, InvalidSpec, NoSpace, TransferInterrupted."""
         descriptor = self._open()
-        with open(descriptor, "rb", buffering=0) as file:
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
             before = os.fstat(descriptor)
             self._accept(descriptor, before, limits.max_bytes)
             require_space(target.parent, before.st_blocks * 512, limits.reserve_bytes)
@@ -94,9 +93,7 @@ class LocalFile(Source):
             sha256 = transfer.copy(file, target, watch=watch)
             if _identity(os.fstat(descriptor)) != _identity(before):
                 raise TransferInterrupted(f"{self.name} was changed while it was copied.", source=self.name)
-        return SourceRecord(
-            source=self.name, sha256=sha256, fetched_at=time.time(), identity=_identity(before)
-        )
+        return SourceRecord(source=self.name, sha256=sha256, fetched_at=time.time(), identity=_identity(before))
 
     def _open(self) -> int:
         try:
@@ -107,7 +104,7 @@ class LocalFile(Source):
 
     def _accept(self, descriptor: int, found: os.stat_result, max_bytes: int) -> None:
         # A link may have been put in the path since it was looked at; the kernel knows what was really opened.
-        opened = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        opened = Path(f"/proc/self/fd/{descriptor}").readlink()
         if not self._is_allowed(opened):
             raise self._forbidden(opened)
         if not stat.S_ISREG(found.st_mode):
@@ -136,19 +133,19 @@ class LocalFile(Source):
 class WebAddress(Source):
     """An http(s) address; asked again whether it has changed each time it is wanted."""
 
+    resumable = True
+
     def __init__(self, url: str) -> None:
         super().__init__(transfer.shown_url(url), url)
         self.url = url
+        self._asked_at = time.time()
 
-    def is_current(self, record: SourceRecord, since: float) -> bool:
-        return record.fetched_at >= since
+    def is_current(self, record: SourceRecord) -> bool:
+        """Whether it was fetched since we asked: by somebody we waited for."""
+        return record.fetched_at >= self._asked_at
 
-    def temporary(self, data: DataDir, operation: str) -> Path:
-        return data.partial_download(self.key)
-
-    def retrieve(
-        self, target: Path, known: SourceRecord | None, limits: Limits, watch: Watcher
-    ) -> SourceRecord | None:
+    def retrieve(self, target: Path, known: SourceRecord | None, limits: Limits, watch: Watcher) -> SourceRecord:
+        """Download it, as `transfer.download` does."""
         got = transfer.download(
             self.url,
             target,
@@ -159,7 +156,9 @@ class WebAddress(Source):
             headers=_condition(known),
         )
         if got is None:
-            return None
+            if known is None:
+                raise TransferInterrupted(f"{self.name}: the server says 304 though nothing was known of the image.")
+            return known.model_copy(update={"fetched_at": time.time()})
         return SourceRecord(
             source=self.name,
             sha256=got.sha256,

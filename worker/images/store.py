@@ -52,19 +52,18 @@ class ImageCache:
         fetch it once. Raises InvalidSpec, ImageNotFound, ImageRejected, ChecksumMismatch, NoSpace,
         TransferInterrupted, Stalled, and what `watch` raises; what remains then is at most a download to continue.
         """
-        asked_at = time.time()
         source = source_of(image, self.roots)
-        found = self._find(source, sha256, asked_at)
+        found = self._find(source, sha256)
         if found is not None:
             return found
         self.data.create()
         with self._alone(source, operation, watch):
-            return self._find(source, sha256, asked_at) or self._bring(source, sha256, operation, watch)
+            return self._find(source, sha256) or self._bring(source, sha256, operation, watch)
 
-    def _find(self, source: Source, sha256: str | None, asked_at: float) -> BaseImage | None:
+    def _find(self, source: Source, sha256: str | None) -> BaseImage | None:
         if sha256 is None:
             record = self._record_of(source)
-            if record is None or not source.is_current(record, asked_at):
+            if record is None or not source.is_current(record):
                 return None
             sha256 = record.sha256
         return self._cached(sha256)
@@ -104,9 +103,7 @@ class ImageCache:
                     if (now_arrived := self._arrived(source)) != arrived:
                         arrived, moved_at = now_arrived, time.monotonic()
                     elif time.monotonic() - moved_at > self.stall:
-                        raise Stalled(
-                            f"{source.name} is being fetched, but nothing arrives. {busy.message}"
-                        ) from busy
+                        raise Stalled(f"{source.name} is being fetched, but nothing arrives. {busy.message}") from busy
                     watch.progress(arrived, None, "waiting for another fetch")
             yield
 
@@ -117,13 +114,13 @@ class ImageCache:
         known = self._record_of(source)
         if known is not None and self._cached(known.sha256) is None:
             known = None
-        temporary = source.temporary(self.data, operation)
+        if source.resumable:
+            temporary = self.data.partial_download(source.key)
+        else:
+            temporary = self.data.temporary(operation, f"{source.key}.part")
         with _cleared(temporary):
             limits = Limits(self.max_bytes, self.reserve_bytes, self.stall)
             record = source.retrieve(temporary, known, limits, watch)
-            if record is None and known is not None:
-                record = known.model_copy(update={"fetched_at": time.time()})
-            assert record is not None, "only a known image can be unchanged"
             _require_digest(source, sha256, record.sha256)
             image = self._cached(record.sha256) or self._admit(temporary, source, record.sha256, watch)
             write_text_durably(self._record_path(source), record.model_dump_json())

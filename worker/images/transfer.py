@@ -96,9 +96,7 @@ def download(
     Raises ImageNotFound, ImageRejected (too large), NoSpace, Stalled, TransferInterrupted, and what `watch` raises.
     """
     with out_of_space_is_an_error(target.parent), _Partial(target) as partial:
-        work = _Download(
-            url, partial, watch, max_bytes=max_bytes, stall=stall, reserve=reserve, headers=headers or {}
-        )
+        work = _Download(url, partial, watch, max_bytes=max_bytes, stall=stall, reserve=reserve, headers=headers or {})
         return asyncio.run(_watched(work.run(), watch))
 
 
@@ -123,10 +121,10 @@ class _Partial:
     """What has arrived of a download, its digest, and the version of the resource it is a part of."""
 
     def __init__(self, path: Path) -> None:
-        self._validator_file = path.with_name(path.name + ".validator")
+        self._note = path.with_name(path.name + ".version")
         self.file = path.open("a+b")
         self.path, self.size, self.digest = path, 0, hashlib.sha256()
-        self.validator = self._validator_file.read_text() if self._validator_file.exists() else ""
+        self.validator = self._noted_validator()
 
     def __enter__(self) -> _Partial:
         return self
@@ -137,7 +135,7 @@ class _Partial:
     def resume(self, watch: Watcher) -> None:
         """Hash what an earlier process left, or drop it if nothing tells what it is a part of."""
         if not self.validator:
-            return self.restart("")
+            self.restart("")
         self.file.seek(0)
         while chunk := self.file.read(BLOCK):
             self.digest.update(chunk)
@@ -148,7 +146,15 @@ class _Partial:
         """Begin anew with another version. The old bytes go first: they must never be taken for the new version's."""
         self.file.truncate(0)
         self.size, self.digest, self.validator = 0, hashlib.sha256(), validator
-        self._validator_file.write_text(validator)
+        self._note.write_text(f"{_boot_id()}\n{validator}")
+
+    def _noted_validator(self) -> str:
+        """The version, unless the host has been started anew: what was not synced may have come back as zeros."""
+        try:
+            boot_id, _, validator = self._note.read_text().partition("\n")
+        except FileNotFoundError:
+            return ""
+        return validator if boot_id == _boot_id() else ""
 
     def write(self, chunk: bytes) -> None:
         self.file.write(chunk)
@@ -157,7 +163,11 @@ class _Partial:
 
     def finish(self) -> None:
         self.file.flush()
-        self._validator_file.unlink(missing_ok=True)
+        self._note.unlink(missing_ok=True)
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class _Download:
@@ -195,9 +205,7 @@ class _Download:
         self.partial.resume(self.watch)
         self._furthest = self.partial.size
         try:
-            async with httpx.AsyncClient(
-                follow_redirects=True, max_redirects=MAX_REDIRECTS, timeout=timeout
-            ) as client:
+            async with httpx.AsyncClient(follow_redirects=True, max_redirects=MAX_REDIRECTS, timeout=timeout) as client:
                 return await retrying(self._attempt, client)
         except tenacity.RetryError as error:
             raise self._interrupted(error.last_attempt.exception()) from error
@@ -249,10 +257,7 @@ class _Download:
 
     def _is_complete(self, response: httpx.Response) -> bool:
         """Whether there is nothing beyond what has arrived. If-Range was checked first (RFC 9110, 13.2.2)."""
-        return (
-            response.status_code == 416
-            and response.headers.get("content-range") == f"bytes */{self.partial.size}"
-        )
+        return response.status_code == 416 and response.headers.get("content-range") == f"bytes */{self.partial.size}"
 
     def _begin(self, response: httpx.Response) -> None:
         """Accept the answer: the rest of what is here already, or all of it anew."""
@@ -317,7 +322,7 @@ def shown_url(url: str) -> str:
 def _validator(response: httpx.Response) -> str:
     """What If-Range may be asked with: a strong ETag, or a date (RFC 9110, 13.1.5)."""
     etag = response.headers.get("etag", "")
-    return etag if etag.startswith('"') else response.headers.get("last-modified", "")
+    return str(etag if etag.startswith('"') else response.headers.get("last-modified", ""))
 
 
 def _first_byte(response: httpx.Response) -> int | None:
