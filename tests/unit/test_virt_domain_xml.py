@@ -67,7 +67,7 @@ def test_the_reviewed_xml_fits_libvirts_schema(name: str, schema: etree.RelaxNG)
 
 
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", fullmatch=True)
-text = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), min_size=1, max_size=40)
+text = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1, max_size=40)
 paths = text.filter(lambda part: part.strip("./")).map(lambda part: Path("/srv") / part.replace("/", "_"))
 owners = st.builds(Owner, name=names, uuid=st.uuids(), operation=text, fence=st.integers(0, 2**53))
 disks = st.builds(
@@ -115,7 +115,7 @@ def test_a_redefined_guest_keeps_its_addresses_and_no_two_share_one() -> None:
 
 def test_a_control_character_is_the_users_mistake() -> None:
     with pytest.raises(InvalidSpec, match="web1"):
-        domain_xml(MINIMAL.model_copy(update={"console_log": Path("/tmp/\x01")}))
+        domain_xml(MINIMAL.model_copy(update={"console_log": Path("/srv/\x01")}))
 
 
 def test_a_backing_file_of_unknown_format_is_refused_rather_than_probed() -> None:
@@ -138,4 +138,4 @@ def test_xml_cannot_make_the_parser_read_files(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("s3cret")
     tree = parse(f'<!DOCTYPE d [<!ENTITY x SYSTEM "file://{secret}">]><d>&x;</d>')
-    assert "s3cret" not in etree.tostring(tree, encoding="unicode") + "".join(tree.itertext())
+    assert "s3cret" not in etree.tostring(tree, encoding="unicode")

@@ -12,6 +12,7 @@ from worker.virt.faults import translate, translated
 
 ANY = libvirt.VIR_FROM_NONE
 RPC = libvirt.VIR_FROM_RPC
+REMOTE = libvirt.VIR_FROM_REMOTE
 QEMU = libvirt.VIR_FROM_QEMU
 STORAGE = libvirt.VIR_FROM_STORAGE
 SECURITY = libvirt.VIR_FROM_SECURITY
@@ -36,6 +37,7 @@ TABLE = [
     (SYSTEM, RPC, errno.ENOENT, "Cannot read CA certificate '/x'", errors.ConnectionMisconfigured),
     (SYSTEM, RPC, errno.ECONNRESET, "Permission denied (publickey)", errors.ConnectionMisconfigured),
     (libvirt.VIR_ERR_NO_CONNECT, ANY, 0, "no connection driver available", errors.ConnectionMisconfigured),
+    (libvirt.VIR_ERR_INVALID_ARG, REMOTE, 0, "transport in URL not recognised", errors.ConnectionMisconfigured),
     (libvirt.VIR_ERR_AUTH_FAILED, RPC, 0, "authentication failed", errors.ConnectionMisconfigured),
     # the guest's state
     (libvirt.VIR_ERR_OPERATION_TIMEOUT, QEMU, 0, "cannot acquire state change lock", errors.StateLockBusy),

@@ -19,7 +19,7 @@ from tenacity import (
     retry_if_exception_type,
     stop_after_attempt,
     stop_before_delay,
-    wait_exponential_jitter,
+    wait_random_exponential,
 )
 
 from worker.errors import HostUnreachable
@@ -58,7 +58,7 @@ def _open_with_retries(uri: str, name: str, timeout: float) -> libvirt.virConnec
     attempts = Retrying(
         retry=retry_if_exception_type(HostUnreachable),
         stop=stop_after_attempt(OPEN_ATTEMPTS) | stop_before_delay(timeout),
-        wait=wait_exponential_jitter(initial=0.1, max=1.0, jitter=0.1),
+        wait=wait_random_exponential(multiplier=0.2, max=1.0),
         reraise=True,
     )
     return attempts(lambda: _Opening(uri, name).result(deadline))
@@ -88,14 +88,14 @@ class _Opening:
             self._abandoned = True
         waited = time.monotonic() - began
         raise HostUnreachable(
-            f"cannot connect to libvirt on host {self._name}: {self._uri} is silent for {waited:.1f} s",
+            f"cannot connect to {self._uri} on host {self._name}: no answer within {waited:.1f} s",
             host=self._name,
             uri=self._uri,
         )
 
     def _run(self) -> None:
         try:
-            with translated("connect to libvirt", self._name):
+            with translated(f"connect to {self._uri}", self._name):
                 connection = _open(self._uri)
         except Exception as error:  # noqa: BLE001 - handed over to the thread that waits
             with self._lock:

@@ -100,9 +100,7 @@ def _domain(config: DomainConfig) -> _Element:
 
 
 def _owner(maker: _Maker, owner: Owner) -> _Element:
-    return maker.instance(
-        name=owner.name, uuid=str(owner.uuid), operation=owner.operation, fence=str(owner.fence)
-    )
+    return maker.instance(name=owner.name, uuid=str(owner.uuid), operation=owner.operation, fence=str(owner.fence))
 
 
 def _os(config: DomainConfig) -> _Element:

@@ -83,6 +83,7 @@ RULES: tuple[Rule, ...] = (
             libvirt.VIR_ERR_ACCESS_DENIED,
         ),
     ),
+    Rule(ConnectionMisconfigured, _of(libvirt.VIR_ERR_INVALID_ARG), _of(libvirt.VIR_FROM_REMOTE)),
     Rule(StateLockBusy, _of(libvirt.VIR_ERR_OPERATION_TIMEOUT)),
     Rule(AgentUnresponsive, _of(libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED)),
     Rule(AgentUnresponsive, _of(libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED), message=r"(?i)guest agent"),

@@ -16,6 +16,7 @@ from worker.errors import (
     FencedOff,
     InstanceNotFound,
     InvalidState,
+    Permanent,
 )
 from worker.models import Owner, PowerState
 from worker.virt.domain_xml import NAMESPACE, PREFIX, owner_xml, parse, parse_owner
@@ -34,6 +35,8 @@ _POWER = {
     libvirt.VIR_DOMAIN_SHUTOFF: PowerState.OFF,
     libvirt.VIR_DOMAIN_CRASHED: PowerState.CRASHED,
 }
+
+_INACTIVE = (PowerState.OFF, PowerState.SAVED, PowerState.MISSING)
 
 _UNDEFINE_ALL = (
     libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
@@ -150,31 +153,25 @@ class Guest:
         if self.is_active():
             flags |= libvirt.VIR_DOMAIN_AFFECT_LIVE
         with self._trying_to("claim"):
-            self._domain.setMetadata(
-                libvirt.VIR_DOMAIN_METADATA_ELEMENT, owner_xml(owner), PREFIX, NAMESPACE, flags
-            )
+            self._domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, owner_xml(owner), PREFIX, NAMESPACE, flags)
 
     # --- power --------------------------------------------------------------------------------------------
 
     def start(self, *, paused: bool = False) -> None:
         """Start, or resume from a managed save. Active already is success; crashed is InvalidState."""
         flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
-        try:
-            with self._trying_to("start"):
-                self._domain.createWithFlags(flags)
-        except InvalidState:
-            if self.power() not in (PowerState.RUNNING, PowerState.PAUSED):
-                raise
+        with self._towards("start", PowerState.RUNNING, PowerState.PAUSED):
+            self._domain.createWithFlags(flags)
 
     def shutdown(self, *, agent: bool = False) -> None:
-        """Ask the guest to power off and return at once; off already is success.
+        """Ask the guest to power off and return at once; off already or gone is success.
 
         By ACPI, which a guest that is still booting ignores: ask again. With `agent` by its agent first.
         """
         flags = libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN
         if agent:
             flags |= libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT
-        with self._off_is_success("shut down"):
+        with self._towards("shut down", *_INACTIVE):
             self._domain.shutdownFlags(flags)
 
     def destroy(self, *, graceful: bool = False) -> None:
@@ -183,17 +180,8 @@ class Guest:
         With `graceful` QEMU is only asked to end, never killed, and StateLockBusy says that it did not.
         """
         flags = libvirt.VIR_DOMAIN_DESTROY_GRACEFUL if graceful else 0
-        with self._off_is_success("power off"):
+        with self._towards("power off", *_INACTIVE):
             self._domain.destroyFlags(flags)
-
-    @contextmanager
-    def _off_is_success(self, verb: str) -> Iterator[None]:
-        try:
-            with self._trying_to(verb):
-                yield
-        except (InstanceNotFound, InvalidState):
-            if self.is_active():
-                raise
 
     def reboot(self, *, agent: bool = False) -> None:
         """Ask the guest to boot again and return at once. Raises InvalidState when it is off."""
@@ -210,22 +198,25 @@ class Guest:
 
     def pause(self) -> None:
         """Stop the guest's CPUs; paused already is success. Raises InvalidState when it is off."""
-        try:
-            with self._trying_to("pause"):
-                self._domain.suspend()
-        except InvalidState:
-            if self.power() is not PowerState.PAUSED:
-                raise
+        with self._towards("pause", PowerState.PAUSED):
+            self._domain.suspend()
 
     def resume(self) -> None:
         """Let a paused or sleeping guest run; running already is success. InvalidState when it is off."""
-        with self._trying_to("read the state of"):
-            asleep = self._domain.state()[0] == libvirt.VIR_DOMAIN_PMSUSPENDED
+        with self._towards("resume", PowerState.RUNNING):
+            if self._domain.state()[0] == libvirt.VIR_DOMAIN_PMSUSPENDED:
+                self._domain.pMWakeup()
+            else:
+                self._domain.resume()
+
+    @contextmanager
+    def _towards(self, verb: str, *goal: PowerState) -> Iterator[None]:
+        """A verb that libvirt refuses has succeeded when the guest is where it was to be brought."""
         try:
-            with self._trying_to("resume"):
-                self._domain.pMWakeup() if asleep else self._domain.resume()
-        except InvalidState:
-            if self.power() is not PowerState.RUNNING:
+            with self._trying_to(verb):
+                yield
+        except Permanent:
+            if self.power() not in goal:
                 raise
 
     # --- definition ---------------------------------------------------------------------------------------

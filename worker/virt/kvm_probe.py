@@ -48,9 +48,7 @@ class Probe:
     seconds: float
 
 
-def kvm_works(
-    host: Host, folder: Path, timeout: float = 10.0, *, accel: Literal["kvm", "qemu"] = "kvm"
-) -> Probe:
+def kvm_works(host: Host, folder: Path, timeout: float = 10.0, *, accel: Literal["kvm", "qemu"] = "kvm") -> Probe:
     """Boot a guest that powers itself off at once, and see whether it does within `timeout` seconds.
 
     `folder` is on the host and open to QEMU's user; nothing stays in it, nor any domain. Retryable errors,
@@ -111,9 +109,7 @@ def _stops_of(name: str, host: Host) -> Iterator[queue.SimpleQueue[int]]:
             stops.put(detail)
 
     with translated("watch domains", host.name):
-        registered = host.connection.domainEventRegisterAny(
-            None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_event, None
-        )
+        registered = host.connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_event, None)
     try:
         yield stops
     finally:
