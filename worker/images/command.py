@@ -46,10 +46,11 @@ class Command:
     memory_bytes: int | None = None
 
     def full_argv(self) -> list[str]:
-        """The command line with what ties the program to its worker and its limits.
+        """The command line with what ties the program to its worker, and its limits.
 
-        A worker killed by SIGKILL leaves its children running, and a qemu-img that goes on would write into a disk
-        which another worker has taken over. The kernel kills the child instead (PR_SET_PDEATHSIG, kept across exec).
+        A worker killed by SIGKILL leaves its children running (measured: a Celery pool child's qemu-img went on), and
+        would write into a disk another worker has taken over. So the kernel is told to kill the child when the thread
+        that started it ends: PR_SET_PDEATHSIG, which exec keeps; that thread is the one that waits in `run`.
         """
         argv = ["setpriv", "--pdeathsig", "KILL", "--"]
         if self.cpu_seconds is not None or self.memory_bytes is not None:
@@ -115,7 +116,6 @@ class _Running:
         self._progress: Progress | None = None
         self._position: tuple[Progress | None, int] = (None, 0)
         self._moved_at = self._looked_at = time.monotonic()
-        self._pidfd = os.pidfd_open(process.pid)
 
     def to_the_end(self) -> int:
         """Follow the program until it has ended and all it wrote is read; returns its exit code."""
@@ -123,21 +123,21 @@ class _Running:
             for stream, take in ((self.process.stdout, self._on_stdout), (self.process.stderr, self._on_stderr)):
                 if stream is not None:
                     selector.register(stream, selectors.EVENT_READ, take)
-            # Without the pidfd the end would be noticed by polling: up to 0.25 s late for each short command.
-            selector.register(self._pidfd, selectors.EVENT_READ)
             while selector.get_map():
                 for key, _ in selector.select(_LOOK_EVERY):
-                    chunk = os.read(key.fd, 65536) if key.data else b""
-                    if chunk:
+                    if chunk := os.read(key.fd, 65536):
                         key.data(chunk)
                     else:
                         selector.unregister(key.fileobj)
                 self._look()
-        return self.process.wait()
+        while True:
+            try:
+                return self.process.wait(_LOOK_EVERY)
+            except subprocess.TimeoutExpired:
+                self._look()
 
     def close(self) -> None:
         """Let go of the program's pipes."""
-        os.close(self._pidfd)
         for stream in (self.process.stdout, self.process.stderr):
             if stream is not None:
                 stream.close()

@@ -20,7 +20,7 @@ from worker.context import Alone, Watcher
 from worker.errors import InstanceLocked, InternalError, NoSpace
 
 _LOOK_EVERY = 0.25  # seconds
-_LOCK_POLL = 0.05  # seconds
+_LOCK_POLL = 0.1  # seconds
 
 
 def publish(temporary: Path, final: Path, watch: Watcher | None = None) -> None:
@@ -92,6 +92,14 @@ def out_of_space_is_an_error(folder: Path) -> Iterator[None]:
             available=available,
             path=str(folder),
         ) from error
+
+
+def size_of(path: Path) -> int:
+    """The file's size in bytes, 0 if it is not there (any more)."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def human_size(size: int) -> str:

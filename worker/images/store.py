@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from worker.context import Watcher
 from worker.errors import ChecksumMismatch, FencedOff, FleetError, InstanceLocked, Stalled
-from worker.images.files import locked, publish, write_text_durably
+from worker.images import transfer
+from worker.images.files import locked, publish, size_of, write_text_durably
 from worker.images.inspect import inspect
 from worker.images.layout import DataDir
 from worker.images.sources import Limits, Source, SourceRecord, source_of
@@ -108,7 +109,7 @@ class ImageCache:
             yield
 
     def _arrived(self, source: Source) -> int:
-        return sum(path.stat().st_size for path in self.data.tmp.glob(f"*@{source.key}.part"))
+        return sum(size_of(path) for path in self.data.tmp.glob(f"*@{source.key}.part"))
 
     def _bring(self, source: Source, sha256: str | None, operation: str, watch: Watcher) -> BaseImage:
         known = self._record_of(source)
@@ -118,7 +119,7 @@ class ImageCache:
             temporary = self.data.partial_download(source.key)
         else:
             temporary = self.data.temporary(operation, f"{source.key}.part")
-        with _cleared(temporary):
+        with _cleared(temporary, keep_what_can_be_continued=source.resumable):
             limits = Limits(self.max_bytes, self.reserve_bytes, self.stall)
             record = source.retrieve(temporary, known, limits, watch)
             _require_digest(source, sha256, record.sha256)
@@ -128,9 +129,9 @@ class ImageCache:
 
     def _admit(self, temporary: Path, source: Source, sha256: str, watch: Watcher) -> BaseImage:
         facts = inspect(temporary, max_virtual_bytes=self.max_virtual_bytes, source=source.name, watch=watch)
-        temporary.chmod(0o444)
         path = self.data.images / f"{sha256}.{facts.format}"
         publish(temporary, path, watch)
+        path.chmod(0o444)
         found = path.stat()
         actual_size = found.st_blocks * 512
         stored = StoredImage(
@@ -177,17 +178,13 @@ def _require_digest(source: Source, wanted: str | None, found: str) -> None:
 
 
 @contextlib.contextmanager
-def _cleared(temporary: Path) -> Iterator[None]:
-    """Leave nothing behind, except what the same or another operation can continue."""
+def _cleared(temporary: Path, *, keep_what_can_be_continued: bool) -> Iterator[None]:
+    """Leave nothing behind but what this or another operation will continue."""
     try:
         yield
     except FleetError as error:
-        if not (error.retryable or isinstance(error, FencedOff)):
-            _discard(temporary)
+        goes_on = error.retryable or isinstance(error, FencedOff)
+        if not (goes_on and keep_what_can_be_continued):
+            transfer.discard(temporary)
         raise
-    _discard(temporary)
-
-
-def _discard(temporary: Path) -> None:
-    for path in temporary.parent.glob(f"{temporary.name}*"):
-        path.unlink(missing_ok=True)
+    transfer.discard(temporary)

@@ -24,6 +24,7 @@ CONNECT_TIMEOUT = 10.0  # seconds
 MAX_REDIRECTS = 5
 MAX_FRUITLESS = 4  # attempts in a row that bring no byte
 _CHECK_EVERY = 0.5  # seconds
+_CANCEL_GRACE = 5.0  # seconds
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
 _ZEROS = bytes(BLOCK)
 _TRY_LATER = {408, 425, 429}
@@ -50,7 +51,8 @@ def copy(source: BinaryIO, target: Path, *, watch: Watcher) -> str:
     try:
         with out_of_space_is_an_error(target.parent), target.open("xb") as out:
             cloned = _clone(source, out)
-            while chunk := source.read(BLOCK):
+            # Not to the end: a file that grows while it is read would be followed for ever.
+            while done < total and (chunk := source.read(min(BLOCK, total - done))):
                 digest.update(chunk)
                 if not cloned:
                     _write_sparse(out, chunk)
@@ -92,12 +94,21 @@ def download(
     """Download `url` to `target`, continuing what an earlier attempt left there; None if the server says 304.
 
     `headers` may make the request conditional. What has arrived stays in `target` for the next attempt when this one
-    fails; the caller removes it if there is none. Proxies are taken from the environment.
+    fails, until `discard`. Proxies are taken from the environment.
     Raises ImageNotFound, ImageRejected (too large), NoSpace, Stalled, TransferInterrupted, and what `watch` raises.
     """
     with out_of_space_is_an_error(target.parent), _Partial(target) as partial:
-        work = _Download(url, partial, watch, max_bytes=max_bytes, stall=stall, reserve=reserve, headers=headers or {})
+        # The login apart from the address: httpx logs addresses, and they are part of our messages.
+        address = httpx.URL(url)
+        login = (address.username, address.password) if address.userinfo else None
+        work = _Download(shown_url(url), partial, watch, max_bytes, stall, reserve, headers or {}, login)
         return asyncio.run(_watched(work.run(), watch))
+
+
+def discard(target: Path) -> None:
+    """Remove what `copy` or `download` left at `target`."""
+    target.unlink(missing_ok=True)
+    _note_of(target).unlink(missing_ok=True)
 
 
 async def _watched(work: Coroutine[Any, Any, T], watch: Watcher) -> T:
@@ -110,7 +121,7 @@ async def _watched(work: Coroutine[Any, Any, T], watch: Watcher) -> T:
     finally:
         if not task.done():
             task.cancel()
-            await asyncio.wait({task})
+            await asyncio.wait({task}, timeout=_CANCEL_GRACE)
 
 
 class _Broken(Exception):
@@ -121,7 +132,7 @@ class _Partial:
     """What has arrived of a download, its digest, and the version of the resource it is a part of."""
 
     def __init__(self, path: Path) -> None:
-        self._note = path.with_name(path.name + ".version")
+        self._note = _note_of(path)
         self.file = path.open("a+b")
         self.path, self.size, self.digest = path, 0, hashlib.sha256()
         self.validator = self._noted_validator()
@@ -161,39 +172,30 @@ class _Partial:
         self.digest.update(chunk)
         self.size += len(chunk)
 
-    def finish(self) -> None:
-        self.file.flush()
-        self._note.unlink(missing_ok=True)
+
+def _note_of(target: Path) -> Path:
+    return target.with_name(target.name + ".version")
 
 
 def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+@dataclass
 class _Download:
     """One download: as many attempts as bring something."""
 
-    def __init__(
-        self,
-        url: str,
-        partial: _Partial,
-        watch: Watcher,
-        *,
-        max_bytes: int,
-        stall: float,
-        reserve: int,
-        headers: Mapping[str, str],
-    ) -> None:
-        self.url, self.shown, self.partial, self.watch, self.headers = (
-            url,
-            shown_url(url),
-            partial,
-            watch,
-            headers,
-        )
-        self.max_bytes, self.stall, self.reserve = max_bytes, stall, reserve
-        self.total: int | None = None
-        self._furthest, self._fruitless = 0, 0
+    url: str
+    partial: _Partial
+    watch: Watcher
+    max_bytes: int
+    stall: float
+    reserve: int
+    headers: Mapping[str, str]
+    login: tuple[str, str] | None = None
+    total: int | None = None
+    furthest: int = 0
+    fruitless: int = 0
 
     async def run(self) -> Downloaded | None:
         retrying = tenacity.AsyncRetrying(
@@ -203,17 +205,19 @@ class _Download:
         )
         timeout = httpx.Timeout(self.stall, connect=min(CONNECT_TIMEOUT, self.stall))
         self.partial.resume(self.watch)
-        self._furthest = self.partial.size
+        self.furthest = self.partial.size
         try:
-            async with httpx.AsyncClient(follow_redirects=True, max_redirects=MAX_REDIRECTS, timeout=timeout) as client:
+            async with httpx.AsyncClient(
+                auth=self.login, timeout=timeout, follow_redirects=True, max_redirects=MAX_REDIRECTS
+            ) as client:
                 return await retrying(self._attempt, client)
         except tenacity.RetryError as error:
             raise self._interrupted(error.last_attempt.exception()) from error
 
     def _is_hopeless(self, _: tenacity.RetryCallState) -> bool:
-        self._fruitless = 0 if self.partial.size > self._furthest else self._fruitless + 1
-        self._furthest = max(self._furthest, self.partial.size)
-        return self._fruitless >= MAX_FRUITLESS
+        self.fruitless = 0 if self.partial.size > self.furthest else self.fruitless + 1
+        self.furthest = max(self.furthest, self.partial.size)
+        return self.fruitless >= MAX_FRUITLESS
 
     async def _attempt(self, client: httpx.AsyncClient) -> Downloaded | None:
         try:
@@ -221,10 +225,10 @@ class _Download:
                 return await self._receive(response)
         except httpx.ReadTimeout as error:
             raise Stalled(
-                f"{self.shown} has sent nothing for {self.stall:g} s.", url=self.shown, seconds=self.stall
+                f"{self.url} has sent nothing for {self.stall:g} s.", url=self.url, seconds=self.stall
             ) from error
         except (httpx.UnsupportedProtocol, httpx.TooManyRedirects) as error:
-            raise ImageNotFound(f"{self.shown} leads nowhere: {error}", url=self.shown) from error
+            raise ImageNotFound(f"{self.url} leads nowhere: {error}", url=self.url) from error
         except httpx.TransportError as error:
             raise _Broken(str(error) or type(error).__name__) from error
 
@@ -246,7 +250,7 @@ class _Download:
                 self.watch.progress(self.partial.size, self.total, "downloading")
         if self.total is not None and self.partial.size != self.total:
             raise _Broken(f"{self.partial.size} of {self.total} bytes arrived")
-        self.partial.finish()
+        self.partial.file.flush()
         headers = response.headers
         return Downloaded(
             self.partial.digest.hexdigest(),
@@ -282,22 +286,22 @@ class _Download:
         if response.status_code >= 500 or response.status_code in _TRY_LATER:
             raise _Broken(f"the server answers {status}")
         raise ImageNotFound(
-            f"{self.shown}: the server answers {status}.",
+            f"{self.url}: the server answers {status}.",
             hint="Check the address, and whether it needs a login.",
-            url=self.shown,
+            url=self.url,
             status=response.status_code,
         )
 
     def _require_size(self, size: int) -> None:
         if size > self.max_bytes:
-            raise too_large(self.shown, size, self.max_bytes)
+            raise too_large(self.url, size, self.max_bytes)
 
     def _interrupted(self, reason: BaseException | None) -> TransferInterrupted:
         of = f" of {human_size(self.total)}" if self.total is not None else ""
         return TransferInterrupted(
-            f"The download of {self.shown} broke off after {human_size(self.partial.size)}{of}: {reason}",
+            f"The download of {self.url} broke off after {human_size(self.partial.size)}{of}: {reason}",
             hint="What has arrived is kept and continued.",
-            url=self.shown,
+            url=self.url,
             done=self.partial.size,
             total=self.total,
         )
