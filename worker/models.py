@@ -74,10 +74,8 @@ def explain(error: ValidationError) -> InvalidSpec:
     found = []
     for one in error.errors(include_url=False, include_context=False):
         field = ".".join(str(part) for part in one["loc"]) or "request"
-        if one["type"] == "extra_forbidden":
-            allowed = "no such field"
-        else:
-            allowed = one["msg"].removeprefix("Value error, ")
+        unknown = one["type"] == "extra_forbidden"
+        allowed = "no such field" if unknown else one["msg"].removeprefix("Value error, ")
         found.append({"field": field, "given": _short(one["input"]), "allowed": allowed})
     lines = [
         f"{one['field']}: {one['allowed']}"

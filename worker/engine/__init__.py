@@ -1,0 +1,1 @@
+"""Durable execution on Redis: Celery carries messages, the journal decides what runs."""

@@ -91,14 +91,14 @@ class Registry:
             pipe.delete(keys.gone(instance.name))
             pipe.execute()
 
-    def forget(self, name: str, uuid: UUID | str, *, destroyed_by: str | None = None) -> None:
+    def forget(self, name: str, uuid: UUID | str, *, destroyed_by: str = "", host: str = "") -> None:
         """Take an instance out; remember for a while which operation destroyed it."""
         with translated():
             pipe = self.redis.pipeline(transaction=True)
             pipe.hdel(keys.INSTANCES, name)
             pipe.hdel(keys.UUIDS, str(uuid))
             if destroyed_by:
-                trace = json.dumps({"uuid": str(uuid), "operation": destroyed_by, "at": time.time()})
+                trace = json.dumps({"uuid": str(uuid), "host": host, "operation": destroyed_by, "at": time.time()})
                 pipe.set(keys.gone(name), trace, ex=int(get_settings().keep_records))
             pipe.execute()
 

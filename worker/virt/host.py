@@ -71,8 +71,13 @@ class Host:
     def libvirt_version(self) -> tuple[int, int, int]:
         """The version of the host's libvirtd: (9, 0, 0)."""
         with self._trying_to("read libvirt's version"):
-            version = int(self._connection.getLibVersion())
-        return version // 1_000_000, version // 1_000 % 1_000, version % 1_000
+            return _version(self._connection.getLibVersion())
+
+    @property
+    def qemu_version(self) -> tuple[int, int, int]:
+        """The version of the host's QEMU: (7, 2, 22)."""
+        with self._trying_to("read QEMU's version"):
+            return _version(self._connection.getVersion())
 
     def alive_call(self) -> None:
         """One round trip (0.3 ms on a local socket). Raises HostUnreachable when libvirtd does not answer."""
@@ -196,3 +201,7 @@ class Host:
             # Without validation libvirt drops what it does not know, and says nothing.
             domain = self._connection.defineXMLFlags(xml, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
         return Guest(domain, self.name)
+
+
+def _version(number: int) -> tuple[int, int, int]:
+    return number // 1_000_000, number // 1_000 % 1_000, number % 1_000

@@ -1,0 +1,51 @@
+"""Steps that change a guest's power."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tasks.steps.local import local_host, local_instance, register
+from worker.compute import power
+from worker.compute.local import LocalInstance
+from worker.compute.power import PowerChange
+from worker.engine.step import step
+from worker.engine.step_context import StepContext
+from worker.engine.undo import undoes
+
+if TYPE_CHECKING:
+    from tasks.power import PowerRequest, RebootRequest, ShutdownRequest
+
+
+@step("power_on", queue="control")
+def power_on(ctx: StepContext, request: PowerRequest) -> PowerChange:  # noqa: ARG001
+    """Start the guest."""
+    return _registered(ctx, power.power_on(local_instance(ctx), ctx))
+
+
+@step("power_off", queue="control")
+def power_off(ctx: StepContext, request: ShutdownRequest) -> PowerChange:
+    """Shut the guest down in time, or by force."""
+    return _registered(ctx, power.power_off(local_instance(ctx), request.patience(), ctx))
+
+
+@step("pause", queue="control")
+def pause(ctx: StepContext, request: PowerRequest) -> PowerChange:  # noqa: ARG001
+    """Stop the guest's CPUs."""
+    return _registered(ctx, power.pause(local_instance(ctx), ctx))
+
+
+@step("resume", queue="control")
+def resume(ctx: StepContext, request: PowerRequest) -> PowerChange:  # noqa: ARG001
+    """Let a paused guest run on."""
+    return _registered(ctx, power.resume(local_instance(ctx), ctx))
+
+
+@undoes("power_on")
+def undo_power_off(ctx: StepContext, name: str, uuid: str) -> None:
+    """Start a guest that the operation had taken down."""
+    _registered(ctx, power.power_on(LocalInstance(local_host(ctx), name, uuid), ctx))
+
+
+def _registered(ctx: StepContext, change: PowerChange) -> PowerChange:
+    register(ctx, change.after)
+    return change

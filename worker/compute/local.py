@@ -1,0 +1,72 @@
+"""The host this process stands on: its files, its libvirtd, and the lock that keeps a second actor away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from uuid import UUID
+
+from worker.context import Context
+from worker.errors import NotOurs
+from worker.images.files import locked
+from worker.images.layout import DataDir, InstanceDir
+from worker.models import Owner
+from worker.settings import Settings
+from worker.virt.guest import Guest
+from worker.virt.host import Host
+
+LOCK_WAIT = 5.0
+"""Seconds to wait for another process' lock on an instance before the step is put off."""
+
+
+@dataclass(frozen=True)
+class LocalHost:
+    """A host as verbs see it."""
+
+    name: str
+    settings: Settings
+
+    @property
+    def data(self) -> DataDir:
+        """The host's data directory."""
+        return DataDir(self.settings.data_dir)
+
+    def libvirt(self) -> AbstractContextManager[Host]:
+        """A connection to the host's libvirtd for one step. Raises `HostUnreachable`."""
+        return Host.open(self.settings.uri_of(self.name), name=self.name, timeout=self.settings.connect_timeout)
+
+
+@dataclass(frozen=True)
+class LocalInstance:
+    """An instance on this host, whether it is there yet or not."""
+
+    local: LocalHost
+    name: str
+    uuid: str
+
+    @property
+    def folder(self) -> InstanceDir:
+        """Where its files are."""
+        return self.local.data.instance(self.uuid)
+
+    @contextmanager
+    def owned(self, ctx: Context) -> Iterator[InstanceDir]:
+        """Its directory, locked against every other process while the block runs.
+
+        The lock is the host's own: it holds even if Redis hands the same step out twice. Raises `InstanceLocked`.
+        """
+        self.local.data.create()
+        folder = self.folder.create()
+        with locked(folder.lock, operation=ctx.operation, wait=LOCK_WAIT, watch=ctx):
+            yield folder
+
+    def owner(self, ctx: Context) -> Owner:
+        """The mark that a step leaves in the domain's metadata when it changes something."""
+        return Owner(name=self.name, uuid=UUID(self.uuid), operation=ctx.operation, fence=ctx.fence)
+
+
+def require_ours(guest: Guest, *, foreign: bool = False) -> None:
+    """Raise `NotOurs` for a domain without the fleet's mark, unless `foreign` ones are meant too."""
+    if guest.owner() is None and not foreign:
+        raise NotOurs(f"domain {guest.name!r} exists, but nothing in it says that it is the fleet's")

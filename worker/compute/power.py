@@ -1,0 +1,136 @@
+"""Power: on, off, reboot, pause, resume. Asking for what already is succeeds and says so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from worker.compute.local import LocalInstance, require_ours
+from worker.context import Context
+from worker.errors import InvalidState
+from worker.models import Frozen, PowerState
+from worker.virt.guest import Guest
+
+POLL = 0.2
+"""Seconds between two looks at a guest that shuts down (a look costs 0.5 ms)."""
+
+OFF = (PowerState.OFF, PowerState.CRASHED)
+
+
+class PowerChange(Frozen):
+    """What became of a guest's power."""
+
+    before: PowerState
+    after: PowerState
+    note: str
+
+
+@contextmanager
+def _guest(instance: LocalInstance, ctx: Context) -> Iterator[tuple[Guest, bool]]:
+    """The instance's guest, marked as this step's; and whether this operation had begun with it before."""
+    with instance.owned(ctx), instance.local.libvirt() as host:
+        guest = host.guest(instance.uuid)
+        require_ours(guest)
+        owner = guest.owner()
+        begun = owner is not None and owner.operation == ctx.operation
+        guest.claim(instance.owner(ctx))
+        yield guest, begun
+
+
+def power_on(instance: LocalInstance, ctx: Context) -> PowerChange:
+    """Start the guest; with saved memory it goes on where it was."""
+    with _guest(instance, ctx) as (guest, _):
+        before = guest.power()
+        if before is PowerState.RUNNING:
+            return PowerChange(before=before, after=before, note="already running")
+        if before is PowerState.PAUSED:
+            return PowerChange(before=before, after=before, note="already on, but paused: resume it to let it run")
+        if before is PowerState.CRASHED:
+            guest.destroy()
+        guest.start()
+        note = "resumed with its saved memory" if before is PowerState.SAVED else "started"
+        return PowerChange(before=before, after=guest.power(), note=note)
+
+
+class Patience(Frozen):
+    """How to ask a guest to shut down: again every `retry_interval` seconds until `timeout` seconds; 0: not at all."""
+
+    timeout: float = 60.0
+    retry_interval: float = 10.0
+
+
+BY_FORCE = Patience(timeout=0)
+
+
+def power_off(instance: LocalInstance, patience: Patience, ctx: Context) -> PowerChange:
+    """Ask the guest to shut down; when it does not in time, take the power away."""
+    with _guest(instance, ctx) as (guest, _):
+        before = guest.power()
+        if before is PowerState.SAVED:
+            return PowerChange(before=before, after=before, note="already off, its memory saved")
+        if before is PowerState.OFF:
+            return PowerChange(before=before, after=before, note="already off")
+        note = _take_down(guest, before, patience, ctx)
+        return PowerChange(before=before, after=guest.power(), note=note)
+
+
+def reboot(instance: LocalInstance, patience: Patience, ctx: Context) -> PowerChange:
+    """Shut the guest down, by force when it does not react in time, and start it again.
+
+    A worker that died between the two left the guest off: trying again starts it.
+    """
+    with _guest(instance, ctx) as (guest, begun):
+        before = guest.power()
+        if before is PowerState.SAVED or (before is PowerState.OFF and not begun):
+            raise InvalidState(
+                f"{instance.name} is {before}, so there is nothing to reboot",
+                hint=f"Start it: virtfleet power on {instance.name}",
+            )
+        ctx.undo("power_on", name=instance.name, uuid=instance.uuid)
+        note = "off already"
+        if before is not PowerState.OFF:
+            note = _take_down(guest, before, patience, ctx)
+        guest.start()
+        return PowerChange(before=before, after=guest.power(), note=f"{note}, then started")
+
+
+def pause(instance: LocalInstance, ctx: Context) -> PowerChange:
+    """Stop the guest's CPUs; its memory stays."""
+    with _guest(instance, ctx) as (guest, _):
+        before = guest.power()
+        if before is PowerState.PAUSED:
+            return PowerChange(before=before, after=before, note="already paused")
+        guest.pause()
+        return PowerChange(before=before, after=guest.power(), note="paused")
+
+
+def resume(instance: LocalInstance, ctx: Context) -> PowerChange:
+    """Let a paused guest run on."""
+    with _guest(instance, ctx) as (guest, _):
+        before = guest.power()
+        if before is PowerState.RUNNING:
+            return PowerChange(before=before, after=before, note="already running")
+        guest.resume()
+        return PowerChange(before=before, after=guest.power(), note="resumed")
+
+
+def _take_down(guest: Guest, before: PowerState, patience: Patience, ctx: Context) -> str:
+    """Shut down in time or by force; how it went."""
+    if before is PowerState.CRASHED or patience.timeout == 0:
+        guest.destroy()
+        return "powered off by force"
+    if before is PowerState.PAUSED:
+        guest.resume()  # a paused guest cannot save its data: let it hear the request
+    began = time.monotonic()
+    asked = 0
+    while (elapsed := time.monotonic() - began) < patience.timeout:
+        ctx.progress(0, None, f"waiting for the guest to shut down (asked {asked} times)")
+        if guest.power() in OFF:
+            return f"shut down by itself after {elapsed:.1f} s"
+        if elapsed >= asked * patience.retry_interval:
+            guest.shutdown()  # a guest that is still booting ignores the first request
+            asked += 1
+        time.sleep(POLL)
+    guest.destroy()
+    return f"did not shut down within {patience.timeout:.0f} s (asked {asked} times): powered off by force"

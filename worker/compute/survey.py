@@ -1,0 +1,54 @@
+"""What a host has: its versions, its accelerator, and the instances that are really there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+
+from worker.compute import accel
+from worker.compute.local import LocalHost
+from worker.compute.provision import spec_of
+from worker.models import Instance
+from worker.virt.guest import Guest
+from worker.virt.host import Host
+
+log = structlog.get_logger(__name__)
+
+
+def versions(host: Host) -> dict[str, Any]:
+    """The versions of the host's libvirt and QEMU."""
+    return {
+        "libvirt": ".".join(str(part) for part in host.libvirt_version),
+        "qemu": ".".join(str(part) for part in host.qemu_version),
+    }
+
+
+def acceleration(local: LocalHost, host: Host) -> dict[str, Any]:
+    """Which accelerator guests get by default, and why."""
+    if local.settings.accel != "auto":
+        return {"accel": local.settings.accel, "accel_reason": "by setting"}
+    verdict = accel.probe(local, host)
+    return {"accel": "kvm" if verdict.works else "qemu", "accel_reason": verdict.reason}
+
+
+def instances(local: LocalHost, host: Host) -> list[Instance]:
+    """The fleet's instances on this host, by the marks in their domains' metadata."""
+    found = [_instance(local, guest) for guest in host.guests()]
+    return [instance for instance in found if instance]
+
+
+def _instance(local: LocalHost, guest: Guest) -> Instance | None:
+    owner = guest.owner()
+    if owner is None:
+        return None
+    spec = spec_of(local, str(owner.uuid))
+    return Instance(
+        name=owner.name,
+        uuid=owner.uuid,
+        host=local.name,
+        power=guest.power(),
+        operation=owner.operation,
+        vcpus=spec.vcpus if spec else 0,
+        memory_mib=spec.memory_mib if spec else 0,
+    )
