@@ -188,18 +188,21 @@ def test_nothing_outlives_kill_9_of_the_process_that_made_the_lab(user: list[str
 
 
 def test_redis_keeps_its_data_and_port_over_restart_and_kill_9(folder: Path) -> None:
-    with Redis(folder) as redis, redis.client() as client:
+    with Redis(folder) as redis:
         url = redis.url
-        client.set("operation", "running")
+        with redis.client() as client:
+            client.set("operation", "running")
         redis.restart()
-        assert client.get("operation") == "running"
-        client.set("operation", "succeeded")
+        with redis.client() as client:
+            assert client.get("operation") == "running"
+            client.set("operation", "succeeded")
         redis.kill9()
         redis.start()
-        assert client.get("operation") == "succeeded"
+        with redis.client() as client:
+            assert client.get("operation") == "succeeded"
+            redis.flushall()
+            assert client.get("operation") is None
         assert redis.url == url
-        redis.flushall()
-        assert client.get("operation") is None
 
 
 def test_redis_refuses_rather_than_forgets(folder: Path) -> None:

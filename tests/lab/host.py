@@ -46,18 +46,18 @@ class LabHost:
         self.folder = folder / name
         self.data = self.folder / "data"
         self.images = self.folder / "images"
-        self._root = os.geteuid() == 0
+        self._as_root = os.geteuid() == 0
         self._socket = self.folder / "run" / "libvirt" / "libvirt-sock"
         self._uuid = uuid.uuid4()
         self._keeper: Keeper | None = None
         self._libvirtd: Process | None = None
         excess = len(str(self.folder / LONGEST_SOCKET)) - SOCKET_PATH_BYTES
-        if excess > 0 and not self._root:
+        if excess > 0 and not self._as_root:
             raise LabError(f"the path {self.folder} is {excess} bytes too long for libvirt's sockets")
 
     @property
     def uri(self) -> str:
-        return f"qemu+unix:///{'system' if self._root else 'session'}?socket={self._socket}"
+        return f"qemu+unix:///{'system' if self._as_root else 'session'}?socket={self._socket}"
 
     @property
     def env(self) -> dict[str, str]:
@@ -79,6 +79,8 @@ class LabHost:
 
     def up(self) -> None:
         """Start it, also after `crash()`, and wait until libvirtd answers. If that fails, nothing runs."""
+        if self._keeper:
+            raise LabError(f"host {self.name} is up already")
         try:
             self._boot()
         except BaseException:
@@ -94,7 +96,8 @@ class LabHost:
     def down(self) -> None:
         """End the host and remove its files."""
         self.crash()
-        shutil.rmtree(self.folder)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
 
     def libvirtd_kill9(self) -> None:
         """SIGKILL libvirtd; the guests run on."""
@@ -147,12 +150,11 @@ class LabHost:
         return self._libvirtd
 
     def _boot(self) -> None:
-        if self._keeper:
-            raise LabError(f"host {self.name} is up already")
         self._make_folders()
+        self._write_libvirtd_settings()
         env: dict[str, str] = {}
         prefix: list[str] = []
-        if self._root:
+        if self._as_root:
             self._write_system_files()
             prefix = [*NAMESPACES, "sh", "-euc", self._boot_script(), "sh"]
         else:
@@ -171,9 +173,10 @@ class LabHost:
 
     def _make_folders(self) -> None:
         shutil.rmtree(self.folder / "run", ignore_errors=True)  # as at any boot
-        for folder in (self.data, self.images, *(self.folder / name for name in PRIVATE_FOLDERS)):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o755)
-        if not self._root:
+        for folder in (self.folder, self.data, self.images, *(self.folder / name for name in PRIVATE_FOLDERS)):
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o755)  # whatever the umask: QEMU runs as another user
+        if not self._as_root:
             (self.folder / "run").chmod(0o700)  # XDG Base Directory Specification
 
     def _session_environment(self) -> dict[str, str]:
@@ -186,16 +189,18 @@ class LabHost:
             "XDG_DATA_HOME": str(self.folder / "lib"),
         }
 
-    def _write_system_files(self) -> None:
-        user = _qemu_user()
+    def _write_libvirtd_settings(self) -> None:
         _write_settings(
-            self.folder / "etc" / "libvirtd.conf",
+            self.folder / ("etc" if self._as_root else "libvirt") / "libvirtd.conf",
             # Two hosts with one uuid refuse migration: "to the same host".
             host_uuid=str(self._uuid),
-            # No polkit here; the socket is root's alone, since whoever can use it is root.
+            # No polkit here; the socket is its owner's alone, since whoever can use it is its owner.
             auth_unix_rw="none",
             unix_sock_rw_perms="0700",
         )
+
+    def _write_system_files(self) -> None:
+        user = _qemu_user()
         _write_settings(
             self.folder / "etc" / "qemu.conf",
             user=user.pw_name,
@@ -227,13 +232,11 @@ class LabHost:
 
     def _answers(self) -> bool:
         # Another process, because virConnectOpen has no timeout.
-        asking = subprocess.run(
-            ["virsh", "--quiet", "--connect", self.uri, "list"],
-            check=False,
-            capture_output=True,
-            timeout=60,
-        )
-        return asking.returncode == 0
+        asking = ["virsh", "--quiet", "--connect", self.uri, "list"]
+        try:
+            return subprocess.run(asking, check=False, capture_output=True, timeout=10).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
 
 
 def _qemu_user() -> pwd.struct_passwd:
@@ -247,6 +250,7 @@ def _qemu_user() -> pwd.struct_passwd:
 
 
 def _write_settings(path: Path, **settings: object) -> None:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
 
 

@@ -164,9 +164,7 @@ def _innermost_pid(pid: int) -> int | None:
 class Process:
     """One command under a keeper, with a log file; it can be killed, stopped, frozen and started again."""
 
-    def __init__(
-        self, keeper: Keeper, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, keeper: Keeper, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
         self.argv = list(argv)
         self.log = log
         self.pid = 0
