@@ -28,8 +28,13 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def is_name(value: str) -> bool:
+    """Whether hosts and instances may be called that."""
+    return bool(_NAME.match(value))
+
+
 def _checked_name(value: str) -> str:
-    if not _NAME.match(value):
+    if not is_name(value):
         raise ValueError(f"allowed: {NAME_RULE}")
     return value
 

@@ -28,6 +28,12 @@ def power_off(ctx: StepContext, request: ShutdownRequest) -> PowerChange:
     return _registered(ctx, power.power_off(local_instance(ctx), request.patience(), ctx))
 
 
+@step("reboot", queue="control")
+def reboot(ctx: StepContext, request: RebootRequest) -> PowerChange:
+    """Shut the guest down and start it again."""
+    return _registered(ctx, power.reboot(local_instance(ctx), request.patience(), ctx))
+
+
 @step("pause", queue="control")
 def pause(ctx: StepContext, request: PowerRequest) -> PowerChange:  # noqa: ARG001
     """Stop the guest's CPUs."""

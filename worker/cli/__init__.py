@@ -1,1 +1,5 @@
-def main() -> None: ...
+"""The `virtfleet` command: one module per group of subcommands."""
+
+from worker.cli.main import main
+
+__all__ = ["main"]

@@ -20,6 +20,8 @@ ALLOWED = "a standalone qcow2 image, or a raw disk with a partition table (MBR o
 _SECTOR = 512
 _MBR_SIGNATURE = b"\x55\xaa"
 _GPT_SIGNATURE = b"EFI PART"
+_ISO_SIGNATURE_AT = 0x8001
+_ISO_SIGNATURES = (b"CD001", b"NSR02", b"NSR03")
 _WRAPPED = {
     b"\x1f\x8b": "a gzip-compressed file",
     b"\xfd7zXZ\x00": "an xz-compressed file",
@@ -72,32 +74,38 @@ class _Inspection:
 
     def _format(self) -> DiskFormat:
         self._refuse_obvious()
+        found = self._detected()
+        if found.NAME == "qcow2":
+            return "qcow2"
+        # The inspector calls an MBR "gpt" too, and a FAT boot sector, which has the same signature, "raw".
+        if found.NAME in ("raw", "gpt"):
+            return "raw"
+        hint = "Convert it: qemu-img convert -O qcow2 IMAGE IMAGE.qcow2"
+        self._reject(f"an image of format {found.NAME}", hint=hint)
+
+    def _detected(self) -> format_inspector.FileInspector:
         try:
             found = format_inspector.detect_file_format(str(self.path))
             if found is None:
                 self._reject("no disk image")
             if found.NAME == "qcow2":
                 found.safety_check()
-                return "qcow2"
+            return found
         except format_inspector.SafetyCheckFailed as error:
             self._reject("; ".join(str(failure) for failure in error.failures.values()))
         except format_inspector.ImageFormatError as error:
             self._reject(str(error))
-        if found.NAME == "iso":
-            self._reject("a CD image (ISO 9660)", hint="Install from it once, and give the fleet the installed disk.")
-        # The inspector calls an MBR "gpt" too, and a FAT boot sector, which has the same signature, "raw".
-        if found.NAME not in ("raw", "gpt"):
-            self._reject(
-                f"an image of format {found.NAME}",
-                hint="Convert it: qemu-img convert -O qcow2 IMAGE IMAGE.qcow2",
-            )
-        return "raw"
 
     def _refuse_obvious(self) -> None:
         with self.path.open("rb") as file:
             start = file.read(512)
+            file.seek(_ISO_SIGNATURE_AT)
+            iso_signature = file.read(5)
         if not start:
             self._reject("an empty file")
+        # Before the inspector, which calls an install CD with a boot sector only "multiple formats".
+        if iso_signature in _ISO_SIGNATURES:
+            self._reject("a CD image", hint="Install from it once, and give the fleet the installed disk.")
         if start.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
             self._reject("a web page", hint="Check the address: it leads to a page rather than to the image itself.")
         for magic, what in _WRAPPED.items():
@@ -123,7 +131,7 @@ class _Inspection:
         for what, present in (
             (f"a backing file ({found.backing_file})", found.backing_file),
             (f"an external data file ({found.data_file})", found.data_file),
-            (f"{found.snapshots} internal snapshots", found.snapshots),
+            (f"internal snapshots ({found.snapshots})", found.snapshots),
             ("encryption", found.encrypted),
             ("the mark of a corrupt image", found.corrupt),
         ):

@@ -177,7 +177,8 @@ class Guest:
     def destroy(self, *, graceful: bool = False) -> None:
         """Take the power away; off already or gone is success.
 
-        With `graceful` QEMU is only asked to end, never killed, and StateLockBusy says that it did not.
+        QEMU is asked to end, which writes its caches, and killed when it has not after some 10 s; with `graceful`
+        libvirt asks for longer (25 s in 9.0, which then kills too) or raises.
         """
         flags = libvirt.VIR_DOMAIN_DESTROY_GRACEFUL if graceful else 0
         with self._towards("power off", *_INACTIVE):

@@ -1,0 +1,43 @@
+"""The command's tree."""
+
+from __future__ import annotations
+
+import typer
+from pydantic import ValidationError
+
+from worker.cli import inventory, operations, output, power, services, spawn
+from worker.models import explain
+
+EPILOG = (
+    "Exit codes: 0 succeeded, 1 the operation failed, 2 bad usage or input, 3 cancelled, 4 broker or host unreachable."
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run virtual-machine operations on a fleet of KVM hosts.",
+    epilog=EPILOG,
+)
+app.command()(spawn.spawn)
+app.command()(spawn.destroy)
+app.add_typer(power.app, name="power")
+app.command("operations")(operations.operations)
+app.command("operation")(operations.operation)
+app.command("watch")(operations.watch)
+app.command("cancel")(operations.cancel)
+app.command("instances")(inventory.instances)
+app.add_typer(inventory.hosts_app, name="hosts")
+app.add_typer(services.workers, name="worker")
+app.command("flower")(services.flower)
+
+
+def main() -> None:
+    """Run the command; a setting that cannot be is a user's mistake and no traceback."""
+    try:
+        app()
+    except ValidationError as error:
+        reason = explain(error)
+        message = "; ".join(f"VIRTFLEET_{part}" for part in reason.message.split("; "))
+        output.tell({**reason.as_dict(), "message": message}, as_json=False)
+        raise SystemExit(output.BAD_INPUT) from None

@@ -1,0 +1,100 @@
+"""`virtfleet operations|operation|watch|cancel`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from worker.cli import output
+from worker.cli.follow import SIGNS, follow
+from worker.cli.options import AsJson
+from worker.client import Fleet
+from worker.engine.record import Record, StepState
+
+OperationId = Annotated[str, typer.Argument(metavar="ID", help="Id of an operation.")]
+
+
+def operations(
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many, newest first.")] = 20,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="Only those that have not ended.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List operations, newest first."""
+    with output.errors_told(as_json=as_json):
+        records = Fleet().journal.latest(limit, unfinished=unfinished)
+        if as_json:
+            output.print_json({"operations": [record.as_dict() for record in records]})
+            return
+        rows = [_row(record) for record in records]
+        columns = ["id", "kind", "instance", "host", "state", "step", "submitted (UTC)", "took"]
+        output.table("", columns, rows, empty="No operations yet.")
+
+
+def operation(operation_id: OperationId, as_json: AsJson = False) -> None:
+    """Show one operation: its steps, attempts, errors and what was undone."""
+    with output.errors_told(as_json=as_json):
+        record = Fleet().journal.read(operation_id)
+        if as_json:
+            output.print_json(record.as_dict())
+            return
+        _show(record)
+
+
+def watch(operation_id: OperationId, as_json: AsJson = False) -> None:
+    """Follow an operation with a live bar per step; exits with its exit code."""
+    with output.errors_told(as_json=as_json):
+        raise typer.Exit(follow(Fleet(), operation_id, as_json=as_json))
+
+
+def cancel(operation_id: OperationId, no_wait: bool = False, as_json: AsJson = False) -> None:
+    """Stop an operation and undo what it did; exits with 3 when that was done."""
+    with output.errors_told(as_json=as_json):
+        fleet = Fleet()
+        record = fleet.cancel(operation_id)
+        if no_wait:
+            if as_json:
+                output.print_json(record.as_dict())
+            raise typer.Exit(output.OK)
+        raise typer.Exit(follow(fleet, operation_id, as_json=as_json))
+
+
+def _row(record: Record) -> list[str]:
+    current = [step.key for step in record.steps.values() if step.state is not StepState.DONE]
+    return [
+        record.id,
+        record.kind.removeprefix("virtfleet."),
+        record.instance,
+        record.host,
+        output.state_text(record.state),
+        "" if record.state.final or not current else current[0],
+        output.when(record.submitted_at),
+        output.duration(record.as_dict()["seconds"]),
+    ]
+
+
+def _show(record: Record) -> None:
+    say = output.console.print
+    say(f"{record.id}  {record.kind}  {output.state_text(record.state)}")
+    say(f"instance {record.instance} ({record.uuid or 'no uuid'}) on host {record.host or '?'}")
+    say(f"submitted {output.when(record.submitted_at)} UTC, ended {output.when(record.ended_at) or 'not yet'}")
+    rows = [
+        [
+            f"{SIGNS[step.state]} {step.key}",
+            step.plan.host,
+            step.state.value,
+            str(step.attempt or ""),
+            output.duration(step.as_dict()["seconds"]),
+            escape(step.error["message"]) if step.error else "",
+        ]
+        for step in record.steps.values()
+    ]
+    output.table("", ["step", "host", "state", "attempt", "took", "last error"], rows, empty="It has no steps.")
+    if record.undo:
+        undo = zip(record.undo, record.undo_steps, strict=True)
+        lines = [[entry.action, entry.host, str(entry.arguments), step.state.value] for entry, step in undo]
+        title = "undo" if record.verdict or record.state.value != "succeeded" else "undo (was not needed)"
+        output.table(title, ["action", "host", "arguments", "state"], lines, empty="")
+    if record.error:
+        output.tell(record.error, as_json=False)

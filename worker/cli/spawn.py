@@ -1,0 +1,124 @@
+"""`virtfleet spawn` and `virtfleet destroy`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tasks.destroy import DestroyRequest
+from tasks.spawn import SpawnRequest
+from worker.cli import output
+from worker.cli.options import AsJson, Id, Instance, NoWait, WaitIfBusy
+from worker.cli.submit import submit
+from worker.errors import InvalidSpec
+from worker.models import MAX_USER_DATA_BYTES
+
+SETTING = "Default: the host's setting."
+
+
+def spawn(
+    name: Annotated[str, typer.Argument(help="Name of the new instance.")],
+    host: Annotated[str, typer.Option(help="Host to run it on.")],
+    image: Annotated[str, typer.Option(help="Image: a path on the host, or an http(s) address.")],
+    sha256: Annotated[str | None, typer.Option(help="What the image's content must hash to.")] = None,
+    vcpus: Annotated[int, typer.Option(help="Virtual CPUs.")] = 1,
+    memory: Annotated[int, typer.Option(metavar="MIB", help="Memory in MiB.")] = 512,
+    disk: Annotated[
+        int | None, typer.Option(metavar="GIB", help="Root disk in GiB. Default: as large as the image.")
+    ] = None,
+    swap: Annotated[int, typer.Option(metavar="MIB", help="Swap disk in MiB.")] = 0,
+    ephemeral: Annotated[
+        list[int] | None, typer.Option(metavar="GIB", help="An empty disk in GiB; may be repeated.")
+    ] = None,
+    network: Annotated[
+        list[str] | None, typer.Option(help="none, bridge:NAME or network:NAME; may be repeated.")
+    ] = None,
+    firmware: Annotated[str, typer.Option(help="bios or efi.")] = "bios",
+    accel: Annotated[str | None, typer.Option(help=f"kvm, qemu or auto. {SETTING}")] = None,
+    root_disk: Annotated[str | None, typer.Option(help=f"overlay, copy or raw. {SETTING}")] = None,
+    hostname: Annotated[str | None, typer.Option(help="Host name inside. Default: NAME.")] = None,
+    user_data: Annotated[Path | None, typer.Option(help="File with cloud-init user-data.")] = None,
+    network_config: Annotated[Path | None, typer.Option(help="File with cloud-init network config.")] = None,
+    ssh_key: Annotated[list[Path] | None, typer.Option(help="File with a public key; may be repeated.")] = None,
+    wait_for: Annotated[str, typer.Option(help="Ready when: running, agent or console.")] = "running",
+    console_line: Annotated[str, typer.Option(help="With --wait-for console: the text to wait for.")] = "",
+    ready_timeout: Annotated[float, typer.Option(metavar="S", help="Seconds until it must be ready.")] = 300.0,
+    operation_id: Id = None,
+    no_wait: NoWait = False,
+    wait_if_busy: WaitIfBusy = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make an instance from an image and start it."""
+    with output.errors_told(as_json=as_json):
+        texts = {
+            "user_data": _read("user-data", user_data),
+            "network_config": _read("network-config", network_config),
+            "ssh_keys": [key for path in ssh_key or [] for key in _keys(path)],
+        }
+    submit(
+        SpawnRequest,
+        no_wait=no_wait,
+        as_json=as_json,
+        name=name,
+        host=host,
+        image=image,
+        sha256=sha256,
+        vcpus=vcpus,
+        memory_mib=memory,
+        disk_gib=disk,
+        swap_mib=swap,
+        ephemeral_gib=ephemeral or [],
+        networks=network or [],
+        firmware=firmware,
+        accel=accel,
+        root_disk=root_disk,
+        hostname=hostname,
+        wait_for=wait_for,
+        console_line=console_line,
+        ready_timeout=ready_timeout,
+        operation_id=operation_id,
+        wait_if_busy=wait_if_busy,
+        **texts,
+    )
+
+
+def _keys(path: Path) -> list[str]:
+    lines = _read("ssh-key", path).splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _read(option: str, path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_USER_DATA_BYTES + 1)  # one byte more shows that it is too long
+        return content.decode()
+    except OSError as error:
+        raise InvalidSpec(f"--{option}: cannot read {path}: {error.strerror}", field=option, given=str(path)) from None
+    except UnicodeDecodeError:
+        raise InvalidSpec(f"--{option}: {path} is no UTF-8 text", field=option, given=str(path)) from None
+
+
+def destroy(
+    instance: Instance,
+    host: Annotated[str | None, typer.Option(help="Where to look when the registry does not know it.")] = None,
+    foreign: Annotated[bool, typer.Option("--foreign", help="Also a domain without the fleet's mark.")] = False,
+    operation_id: Id = None,
+    no_wait: NoWait = False,
+    wait_if_busy: WaitIfBusy = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove an instance with its disks. There is no way back."""
+    submit(
+        DestroyRequest,
+        no_wait=no_wait,
+        as_json=as_json,
+        instance=instance,
+        host=host,
+        foreign=foreign,
+        operation_id=operation_id,
+        wait_if_busy=wait_if_busy,
+    )

@@ -1,0 +1,39 @@
+"""Submitting a request and following it: the common end of all commands that start an operation."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import typer
+from pydantic import ValidationError
+
+from worker.cli import output
+from worker.cli.follow import follow
+from worker.client import Fleet
+from worker.engine.requests import Request
+from worker.models import explain
+
+Asked = TypeVar("Asked", bound=Request)
+
+
+def submit(kind: type[Asked], *, no_wait: bool, as_json: bool, **fields: Any) -> None:
+    """Build the request from the fields that were given, submit it, follow it, and exit with its code."""
+    with output.errors_told(as_json=as_json):
+        given = {name: value for name, value in fields.items() if value is not None}
+        try:
+            request = kind.model_validate(given)
+        except ValidationError as error:
+            raise explain(error) from error
+        fleet = Fleet()
+        record = fleet.submit(request)
+        if no_wait:
+            _accepted(record.as_dict(), as_json=as_json)
+            raise typer.Exit(output.OK)
+        raise typer.Exit(follow(fleet, record.id, as_json=as_json))
+
+
+def _accepted(record: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        output.print_json(record)
+    else:
+        output.console.print(f"{record['state']}: {record['id']}   (follow it: virtfleet watch {record['id']})")

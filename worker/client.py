@@ -1,0 +1,85 @@
+"""The typed Python client: submit requests, follow operations, list what there is.
+
+It writes to the journal itself, so a request is refused or accepted at once, also while no worker is up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from worker.app import app, host_queue
+from worker.engine.cancel import cancel
+from worker.engine.connection import shared
+from worker.engine.journal import Journal
+from worker.engine.operation import submit
+from worker.engine.record import Record
+from worker.engine.registry import Registry
+from worker.engine.requests import Request
+from worker.errors import HostUnreachable
+
+POLL = 0.2
+"""Seconds between two looks at an operation (a look costs under a millisecond)."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """An operation at one moment: its record, and how far its running steps are."""
+
+    record: Record
+    progress: dict[str, dict[str, Any]]
+
+
+class Fleet:
+    """The fleet behind the Redis of the settings (`VIRTFLEET_REDIS_URL`).
+
+    Every method raises `BrokerUnavailable` within seconds when Redis does not answer.
+    """
+
+    def __init__(self) -> None:
+        self.journal = Journal(shared())
+        self.registry = Registry(shared())
+
+    def submit(self, request: Request) -> Record:
+        """Accept a request (`SpawnRequest`, `ShutdownRequest`, ...) as an operation; its record as it is then.
+
+        Raises errors of the kind `BadInput`, `InstanceBusy`, `OperationConflict`.
+        """
+        return submit(request)
+
+    def cancel(self, operation_id: str) -> Record:
+        """Ask an operation to stop. Raises `OperationNotFound`."""
+        return cancel(operation_id)
+
+    def watch(self, operation_id: str) -> Iterator[Sight]:
+        """The operation again and again until it has ended. Raises `OperationNotFound`."""
+        while True:
+            sight = Sight(self.journal.read(operation_id), self.journal.progress(operation_id))
+            yield sight
+            if sight.record.state.final:
+                return
+            time.sleep(POLL)
+
+    def wait(self, operation_id: str, timeout: float | None = None) -> Record:
+        """The operation's record once it has ended. Raises `TimeoutError` after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for sight in self.watch(operation_id):
+            if sight.record.state.final:
+                return sight.record
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"operation {operation_id} is still {sight.record.state} after {timeout} s")
+        raise AssertionError("a watch ends with a final state")
+
+    def sync(self, host: str, timeout: float = 30.0) -> dict[str, Any]:
+        """Have a host's control worker rebuild its part of the registry. Raises `HostUnreachable`, `UnknownHost`."""
+        self.registry.require_host(host)
+        if "control" not in self.registry.alive(host):
+            raise HostUnreachable(
+                f"no control worker serves host {host!r} right now",
+                hint=f"Start it on the host: virtfleet worker control --host {host}",
+            )
+        result = app.send_task("virtfleet.sync_host", args=[host], queue=host_queue(host, "control"))
+        found: dict[str, Any] = result.get(timeout=timeout)
+        return found
