@@ -58,9 +58,10 @@ def test_sizes_are_shown_in_binary_units(size: int, shown: str) -> None:
 
 def test_second_holder_is_told_who_holds_the_lock(tmp_path: Path) -> None:
     with files.locked(tmp_path / ".lock", operation="op-1"):
-        with pytest.raises(InstanceLocked, match=rf"process {os.getpid()} \(operation op-1\)") as caught:
-            with files.locked(tmp_path / ".lock", operation="op-2", wait=0.2):
-                pytest.fail("two hold one lock")
+        held_by = rf"process {os.getpid()} \(operation op-1\)"
+        second = files.locked(tmp_path / ".lock", operation="op-2", wait=0.2)
+        with pytest.raises(InstanceLocked, match=held_by) as caught, second:
+            pytest.fail("two hold one lock")
     assert caught.value.details["operation"] == "op-1"
     with files.locked(tmp_path / ".lock", operation="op-2"):
         pass
@@ -84,9 +85,9 @@ def test_waiting_for_a_lock_ends_when_it_is_released(tmp_path: Path) -> None:
 
 
 def test_waiting_for_a_lock_can_be_cancelled(tmp_path: Path) -> None:
-    with files.locked(tmp_path / ".lock"), pytest.raises(Cancelled):
-        with files.locked(tmp_path / ".lock", wait=10, watch=Stopped()):
-            pytest.fail("two hold one lock")
+    second = files.locked(tmp_path / ".lock", wait=10, watch=Stopped())
+    with files.locked(tmp_path / ".lock"), pytest.raises(Cancelled), second:
+        pytest.fail("two hold one lock")
 
 
 def test_lock_file_that_was_removed_excludes_nobody_so_it_is_taken_anew(tmp_path: Path) -> None:

@@ -74,14 +74,12 @@ class _Inspection:
 
     def _format(self) -> DiskFormat:
         self._refuse_obvious()
-        found = self._detected()
-        if found.NAME == "qcow2":
-            return "qcow2"
+        name = self._detected().NAME
         # The inspector calls an MBR "gpt" too, and a FAT boot sector, which has the same signature, "raw".
-        if found.NAME in ("raw", "gpt"):
-            return "raw"
-        hint = "Convert it: qemu-img convert -O qcow2 IMAGE IMAGE.qcow2"
-        self._reject(f"an image of format {found.NAME}", hint=hint)
+        if name not in ("qcow2", "raw", "gpt"):
+            hint = "Convert it: qemu-img convert -O qcow2 IMAGE IMAGE.qcow2"
+            self._reject(f"an image of format {name}", hint=hint)
+        return "qcow2" if name == "qcow2" else "raw"
 
     def _detected(self) -> format_inspector.FileInspector:
         try:
