@@ -80,15 +80,21 @@ def explain(error: ValidationError) -> InvalidSpec:
     for one in error.errors(include_url=False, include_context=False):
         field = ".".join(str(part) for part in one["loc"]) or "request"
         unknown = one["type"] == "extra_forbidden"
-        allowed = "no such field" if unknown else one["msg"].removeprefix("Value error, ")
+        allowed = "there is no such field" if unknown else _rule(one["msg"])
         found.append({"field": field, "given": _short(one["input"]), "allowed": allowed})
+    missing = "Field required"
     lines = [
-        f"{one['field']}: {one['allowed']}"
-        if one["allowed"].startswith("Field required")
-        else f"{one['field']}: {one['allowed']} (given: {one['given']})"
+        f"{one['field']}: {one['allowed']}" + ("" if one["allowed"] == missing else f" (given: {one['given']})")
         for one in found
     ]
     return InvalidSpec("; ".join(lines), fields=found, **found[0])
+
+
+def _rule(message: str) -> str:
+    """The rule that pydantic, or a check of ours, says was broken."""
+    if message.startswith("Input should be "):
+        return "allowed: " + message.removeprefix("Input should be ")
+    return message.removeprefix("Value error, ")
 
 
 def _short(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 from pydantic import ValidationError
 
+from worker import logs
 from worker.cli import inventory, operations, output, power, services, spawn
 from worker.models import explain
 
@@ -34,6 +35,7 @@ app.command("flower")(services.flower)
 
 def main() -> None:
     """Run the command; a setting that cannot be is a user's mistake and no traceback."""
+    logs.configure("warning")
     try:
         app()
     except ValidationError as error:

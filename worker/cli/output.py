@@ -19,7 +19,10 @@ from worker.errors import BrokerUnavailable, FleetError, HostUnreachable
 
 OK, FAILED, BAD_INPUT, CANCELLED, UNREACHABLE = 0, 1, 2, 3, 4
 
-console = Console(highlight=False)
+WIDE = None if sys.stdout.isatty() else 200
+"""Columns: a terminal's own width; in pipes and logs wide enough that no id is broken in two."""
+
+console = Console(highlight=False, width=WIDE)
 complaints = Console(stderr=True, highlight=False)
 
 COLOURS = {

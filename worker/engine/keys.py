@@ -32,7 +32,7 @@ UUIDS = f"{PREFIX}:instances:uuid"
 
 def operation(operation_id: str) -> str:
     """HASH, expires once ended: the operation's record. Fields: head, digest, plan, state, cancel, verdict, error,
-    result, submitted_at, started_at, ended_at, and `step:<key>:<field>` with the fields state, fence, attempt, worker,
+    submitted_at, started_at, ended_at, and `step:<key>:<field>` with the fields state, fence, attempt, worker,
     due, published, publications, started_at, ended_at, result, error."""
     return f"{PREFIX}:op:{operation_id}"
 

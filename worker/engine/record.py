@@ -133,10 +133,14 @@ class Record:
     cancel: float | None = None
     verdict: State | None = None
     error: dict[str, Any] | None = None
-    result: Any = None
     submitted_at: float = 0.0
     started_at: float | None = None
     ended_at: float | None = None
+
+    @property
+    def result(self) -> Any:
+        """What a succeeded operation answers: the result of its last step."""
+        return list(self.steps.values())[-1].result if self.state is State.SUCCEEDED and self.steps else None
 
     def as_dict(self) -> dict[str, Any]:
         """The record as users, schedulers and `--json` see it."""
@@ -195,7 +199,6 @@ def parse(operation_id: str, fields: dict[str, str], undo: list[str]) -> Record:
         cancel=_number(fields.get("cancel")),
         verdict=State(fields["verdict"]) if fields.get("verdict") else None,
         error=json.loads(fields["error"]) if fields.get("error") else None,
-        result=json.loads(fields["result"]) if fields.get("result") else None,
         submitted_at=float(fields.get("submitted_at", 0)),
         started_at=_number(fields.get("started_at")),
         ended_at=_number(fields.get("ended_at")),

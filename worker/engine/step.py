@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import TypeAdapter
@@ -54,7 +56,9 @@ class Step(Generic[Returned]):
     @cached_property
     def returned(self) -> TypeAdapter[Returned]:
         """The form of what the body returns."""
-        return TypeAdapter(typing.get_type_hints(self.body)["return"])
+        # Only this one: the request's type is imported for type checkers alone, as operations import steps.
+        answer = SimpleNamespace(__annotations__={"return": self.body.__annotations__["return"]})
+        return TypeAdapter(typing.get_type_hints(answer, vars(sys.modules[self.body.__module__]))["return"])
 
     def run(self, ctx: StepContext) -> Any:
         """Do the work; what it returns, as the journal keeps it."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
+from celery.exceptions import SecurityWarning
 from celery.signals import worker_ready, worker_shutting_down
 
 from worker.app import SHARED_QUEUE, app, host_queue
@@ -68,6 +70,8 @@ def run_worker(kind: WorkerKind, hosts: Sequence[str], *, when_ready: Callable[[
         if reaper:
             reaper.stop()
 
+    # libvirtd and the guests' disks are root's; messages are JSON only, so the danger it warns of is not there.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     worker_ready.connect(ready, weak=False)
     worker_shutting_down.connect(stopping, weak=False)
     app.worker_main(_arguments(kind, hosts, name, loglevel))

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import httpx
 
@@ -84,29 +85,34 @@ class LocalFile(Source):
         watch: Watcher,
     ) -> SourceRecord:
         """Copy the file. Raises ImageNotFound, ImageRejected, InvalidSpec, NoSpace, TransferInterrupted."""
-        descriptor = self._open()
-        with os.fdopen(descriptor, "rb", buffering=0) as file:
-            before = os.fstat(descriptor)
-            self._accept(descriptor, before, limits.max_bytes)
+        with self._open(limits.max_bytes) as file:
+            before = os.fstat(file.fileno())
             require_space(target.parent, before.st_blocks * 512, limits.reserve_bytes)
             target.unlink(missing_ok=True)
             sha256 = transfer.copy(file, target, watch=watch)
-            if _identity(os.fstat(descriptor)) != _identity(before):
+            if _identity(os.fstat(file.fileno())) != _identity(before):
                 raise TransferInterrupted(f"{self.name} was changed while it was copied.", source=self.name)
         return SourceRecord(source=self.name, sha256=sha256, fetched_at=time.time(), identity=_identity(before))
 
-    def _open(self) -> int:
+    def _open(self, max_bytes: int) -> BinaryIO:
         try:
             # O_NONBLOCK: opening a named pipe would wait for a writer.
-            return os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise self._unreadable(error) from error
+        try:
+            self._accept(descriptor, max_bytes)
+            return os.fdopen(descriptor, "rb", buffering=0)
+        except BaseException:
+            os.close(descriptor)
+            raise
 
-    def _accept(self, descriptor: int, found: os.stat_result, max_bytes: int) -> None:
+    def _accept(self, descriptor: int, max_bytes: int) -> None:
         # A link may have been put in the path since it was looked at; the kernel knows what was really opened.
         opened = Path(f"/proc/self/fd/{descriptor}").readlink()
         if not self._is_allowed(opened):
             raise self._forbidden(opened)
+        found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ImageRejected(f"{self.name} is refused: found no regular file; allowed: an image file.")
         if found.st_size > max_bytes:

@@ -9,7 +9,7 @@ import queue
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -75,46 +75,48 @@ def _boot_disk(folder: Path) -> Iterator[Path]:
 
 
 def _boots(host: Host, disk: Path, timeout: float, accel: str) -> tuple[bool, str]:
-    name = f"{PREFIX}{uuid4().hex}"
-    with _stops_of(name, host) as stops:
-        guest = _launched(name, disk, accel, host)
-        try:
+    domain = _paused_domain(host, disk, accel)
+    guest = Guest(domain, host.name)
+    try:
+        with _stops_of(domain, host) as stops:
+            with suppress(Permanent):  # it may be off before libvirt has looked at it again: its stop tells
+                guest.resume()
             why = stops.get(timeout=timeout)
-        except queue.Empty:
-            return False, f"a test guest under {accel} did not power itself off within {timeout:g} s"
-        finally:
-            guest.destroy()
+    except queue.Empty:
+        return False, f"a test guest under {accel} did not power itself off within {timeout:g} s"
+    finally:
+        guest.destroy()
     if why != libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN:
-        return (
-            False,
-            f"QEMU under {accel} ended before its test guest had booted (libvirt's stop reason {why})",
-        )
+        return False, f"QEMU under {accel} ended before its test guest powered itself off (stop reason {why})"
     return True, f"a test guest under {accel} booted and powered itself off"
 
 
-def _launched(name: str, disk: Path, accel: str, host: Host) -> Guest:
+def _paused_domain(host: Host, disk: Path, accel: str) -> libvirt.virDomain:
+    name = f"{PREFIX}{uuid4().hex}"
+    # Paused, since libvirt takes a guest that is off before its start has returned for one that failed to start.
+    # Should this process die, libvirtd ends the guest with the connection.
+    flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY | libvirt.VIR_DOMAIN_START_VALIDATE
     with translated(f"start {name}", host.name):
-        # Should this process die, libvirtd ends the guest with the connection.
-        flags = libvirt.VIR_DOMAIN_START_AUTODESTROY | libvirt.VIR_DOMAIN_START_VALIDATE
-        return Guest(host.connection.createXML(_probe_xml(name, disk, accel), flags), host.name)
+        return host.connection.createXML(_probe_xml(name, disk, accel), flags)
 
 
 @contextmanager
-def _stops_of(name: str, host: Host) -> Iterator[queue.SimpleQueue[int]]:
+def _stops_of(domain: libvirt.virDomain, host: Host) -> Iterator[queue.SimpleQueue[int]]:
     """Why the domain stopped, once it has: a transient one leaves no state to read the reason from."""
     stops: queue.SimpleQueue[int] = queue.SimpleQueue()
 
-    def on_event(_conn: object, domain: libvirt.virDomain, event: int, detail: int, _opaque: object) -> None:
-        if event == libvirt.VIR_DOMAIN_EVENT_STOPPED and domain.name() == name:
+    def on_event(_conn: object, _domain: object, event: int, detail: int, _opaque: object) -> None:
+        if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
             stops.put(detail)
 
-    with translated("watch domains", host.name):
-        registered = host.connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_event, None)
+    doing = f"watch {domain.name()}"
+    with translated(doing, host.name):
+        watch = host.connection.domainEventRegisterAny(domain, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_event, None)
     try:
         yield stops
     finally:
-        with translated("watch domains", host.name):
-            host.connection.domainEventDeregisterAny(registered)
+        with translated(doing, host.name):
+            host.connection.domainEventDeregisterAny(watch)
 
 
 def _probe_xml(name: str, disk: Path, accel: str) -> str:
