@@ -200,7 +200,7 @@ class _Download:
     async def run(self) -> Downloaded | None:
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_Broken),
-            wait=tenacity.wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.5),
+            wait=tenacity.wait_exponential(multiplier=0.2, max=10.0) + tenacity.wait_random(0.0, 0.5),
             stop=self._is_hopeless,
         )
         timeout = httpx.Timeout(self.stall, connect=min(CONNECT_TIMEOUT, self.stall))
