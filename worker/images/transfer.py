@@ -235,7 +235,7 @@ class _Download:
     def _range(self) -> dict[str, str]:
         # Compressed on the way, lengths and ranges would count other bytes than those of the image.
         identity = {"Accept-Encoding": "identity"}
-        if not self.partial.size:
+        if not self.partial.size or not self.partial.validator:
             return identity
         return {**identity, "Range": f"bytes={self.partial.size}-", "If-Range": self.partial.validator}
 
@@ -265,7 +265,7 @@ class _Download:
 
     def _begin(self, response: httpx.Response) -> None:
         """Accept the answer: the rest of what is here already, or all of it anew."""
-        if response.status_code == 206 and _first_byte(response) == self.partial.size:
+        if response.status_code == 206 and self._continues(response):
             start = self.partial.size
         elif response.status_code == 200:
             self.partial.restart(_validator(response))
@@ -277,6 +277,10 @@ class _Download:
         if self.total is not None:
             self._require_size(self.total)
             require_space(self.partial.path.parent, self.total - start, self.reserve)
+
+    def _continues(self, response: httpx.Response) -> bool:
+        """Whether this is the rest of what is here. A server may heed Range and ignore If-Range: compare again."""
+        return _first_byte(response) == self.partial.size and _validator(response) in ("", self.partial.validator)
 
     def _refuse(self, response: httpx.Response) -> NoReturn:
         status = f"{response.status_code} {response.reason_phrase}".strip()
