@@ -36,6 +36,15 @@ def sockets() -> int:
     return sum(is_socket(fd) for fd in Path("/proc/self/fd").iterdir())
 
 
+def settled_sockets() -> int:
+    """How many it keeps open: libvirt closes those of a closed connection a moment later."""
+    counts = [sockets()]
+    while counts[-10:] != [counts[-1]] * 10:
+        time.sleep(0.05)
+        counts.append(sockets())
+    return counts[-1]
+
+
 def is_socket(fd: Path) -> bool:
     try:
         return fd.is_socket()
@@ -44,15 +53,14 @@ def is_socket(fd: Path) -> bool:
 
 
 def test_a_frozen_libvirtd_is_given_up_in_time_and_its_late_connection_closed(lab: LabHost) -> None:
-    assert opens(lab)  # what a process opens once for good is open now
-    before = sockets()
+    before = settled_sockets()
     with lab.libvirtd_frozen():
         began = time.monotonic()
         with pytest.raises(errors.HostUnreachable, match="no answer within"):
             Host.open(lab.uri, name=lab.name, timeout=1.5).__enter__()
         assert 1.4 < time.monotonic() - began < 2.5
     wait_until(lambda: not opening_threads(), 20, "the late attempt to open ends")
-    assert sockets() == before
+    assert settled_sockets() <= before
     with Host.open(lab.uri, name=lab.name, timeout=10) as host:
         host.alive_call()
 
