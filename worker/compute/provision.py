@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -206,7 +205,6 @@ def spawn(instance: LocalInstance, spec: InstanceSpec, disks: DiskSet, ctx: Cont
 def _config(instance: LocalInstance, host: Host, spec: InstanceSpec, disks: DiskSet, owner: Owner) -> DomainConfig:
     chosen = accel.choose(instance.local, host, spec.accel)
     can = host.domain_capabilities(chosen)
-    networks = tuple(network for network in spec.networks if network != "none")
     return DomainConfig(
         name=instance.name,
         uuid=UUID(instance.uuid),
@@ -214,8 +212,7 @@ def _config(instance: LocalInstance, host: Host, spec: InstanceSpec, disks: Disk
         vcpus=spec.vcpus,
         memory_mib=spec.memory_mib,
         disks=disks.disks,
-        networks=networks,
-        mac_addresses=tuple(mac_address(instance.uuid, index) for index in range(len(networks))),
+        networks=spec.networks,
         firmware=spec.firmware,
         accel=chosen,
         emulator=can.emulator,
@@ -223,12 +220,6 @@ def _config(instance: LocalInstance, host: Host, spec: InstanceSpec, disks: Disk
         console_log=instance.folder.console_log,
         disk_cache="none" if supports_direct_io(instance.folder.path) else "writeback",
     )
-
-
-def mac_address(uuid: str, index: int) -> str:
-    """The address of an instance's network card: always the same for the same instance (prefix 52:54:00, QEMU's)."""
-    digest = hashlib.sha256(f"{uuid}/{index}".encode()).digest()
-    return ":".join(["52:54:00", *(f"{byte:02x}" for byte in digest[:3])])
 
 
 class Readiness(Frozen):

@@ -96,19 +96,19 @@ def _end(book: Journal, record: Record, state: State) -> None:
 def _tell(book: Journal, operation_id: str) -> None:
     """Store the final record as the result of every Celery task that waits for it, and show it in Flower."""
     record = book.find(operation_id)
-    for task_id in book.waiters(operation_id):
+    for task_id, worker in book.waiters(operation_id):
         result = record.as_dict() if record else None
         app.backend.store_result(task_id, result, "SUCCESS")
-        _show_ended(task_id, record)
-        book.waiter_answered(operation_id, task_id)
+        _show_ended(task_id, worker, record)
+        book.waiter_answered(operation_id, task_id, worker)
     book.forget_attention(operation_id)
 
 
-def _show_ended(task_id: str, record: Record | None) -> None:
+def _show_ended(task_id: str, worker: str, record: Record | None) -> None:
     """Tell Flower how the operation behind a by-name task ended; the task itself answered long ago."""
     if record is None:
         return
-    with app.events.default_dispatcher() as dispatcher:
+    with app.events.default_dispatcher(hostname=worker) as dispatcher:
         if record.state is State.SUCCEEDED:
             took = (record.ended_at or time.time()) - record.submitted_at
             dispatcher.send("task-succeeded", uuid=task_id, result=f"{record.id} succeeded", runtime=took)

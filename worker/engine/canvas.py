@@ -21,7 +21,7 @@ Canvas = Any
 
 def step_signature(task: Any, plan: StepPlan, operation_id: str, instance: str) -> Signature[Any]:
     """The message of one step. Immutable: what a step needs of another it finds in the journal."""
-    message: Signature[Any] = task.si(operation=operation_id, step=plan.key, instance=instance, host=plan.host)
+    message: Signature[Any] = task.si(instance=instance, host=plan.host, operation=operation_id, step=plan.key)
     return message.set(queue=host_queue(plan.host, plan.queue))
 
 

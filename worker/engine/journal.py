@@ -282,19 +282,21 @@ class Journal:
 
     # --- those who wait for the end ------------------------------------------------------------------------------
 
-    def wait_for(self, operation_id: str, task_id: str) -> bool:
+    def wait_for(self, operation_id: str, task_id: str, worker: str) -> bool:
         """Let a Celery task's result be the final record; False when the operation has ended already."""
-        return bool(self._run("wait_for", [keys.operation(operation_id), keys.waiters(operation_id)], task_id))
+        waiter = f"{task_id} {worker}"
+        return bool(self._run("wait_for", [keys.operation(operation_id), keys.waiters(operation_id)], waiter))
 
-    def waiters(self, operation_id: str) -> list[str]:
-        """Ids of the Celery tasks to be answered."""
+    def waiters(self, operation_id: str) -> list[tuple[str, str]]:
+        """The Celery tasks to be answered: their ids, and the workers that took them."""
         with translated():
-            return cast("list[str]", self.redis.lrange(keys.waiters(operation_id), 0, -1))
+            waiting = cast("list[str]", self.redis.lrange(keys.waiters(operation_id), 0, -1))
+        return [(task_id, worker) for task_id, _, worker in (one.partition(" ") for one in waiting)]
 
-    def waiter_answered(self, operation_id: str, task_id: str) -> None:
+    def waiter_answered(self, operation_id: str, task_id: str, worker: str) -> None:
         """One of them has its answer."""
         with translated():
-            self.redis.lrem(keys.waiters(operation_id), 0, task_id)
+            self.redis.lrem(keys.waiters(operation_id), 0, f"{task_id} {worker}")
 
     # --- progress ------------------------------------------------------------------------------------------------
 

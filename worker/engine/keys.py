@@ -50,7 +50,7 @@ def progress(operation_id: str) -> str:
 
 
 def waiters(operation_id: str) -> str:
-    """LIST, deleted when they are answered: ids of Celery tasks whose result is this operation's final record."""
+    """LIST, deleted when they are answered: Celery tasks (id, worker) whose result is this operation's final record."""
     return f"{operation(operation_id)}:waiters"
 
 

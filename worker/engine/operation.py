@@ -124,7 +124,7 @@ def _admit_by_name(kind: Kind[Any], task: Any, arguments: dict[str, Any]) -> dic
         record = _admit(kind, request, operation_id)
     except FleetError as error:
         return _turned_away(kind, operation_id, arguments, error)
-    if not record.state.final and journal().wait_for(record.id, task.request.id):
+    if not record.state.final and journal().wait_for(record.id, task.request.id, str(task.request.hostname)):
         raise Ignore  # the result is stored when the operation ends
     return journal().read(record.id).as_dict()
 

@@ -98,7 +98,8 @@ def _arguments(kind: WorkerKind, hosts: Sequence[str], name: str, loglevel: str)
 
 def run_flower(address: str, port: int, basic_auth: str) -> None:
     """Serve Flower until told to stop. Its tasks are kept in memory; the journal in Redis keeps the history."""
-    arguments = [f"--address={address}", f"--port={port}", "--max-tasks=20000"]
+    columns = "name,state,kwargs,result,started,runtime,worker"
+    arguments = [f"--address={address}", f"--port={port}", f"--tasks-columns={columns}", "--max-tasks=20000"]
     if basic_auth:
         arguments.append(f"--basic-auth={basic_auth}")
     app.start(["flower", *arguments])

@@ -1,5 +1,5 @@
 -- Let a Celery task's result be the final record of an operation.
--- KEYS: 1 operation, 2 waiters   ARGV: 1 task id
+-- KEYS: 1 operation, 2 waiters   ARGV: 1 task id and worker
 -- Returns '1' when it will be told, '' when the operation has ended already
 local ended = { succeeded = 1, failed = 1, cancelled = 1, rejected = 1, stuck = 1 }
 local state = redis.call('HGET', KEYS[1], 'state')
