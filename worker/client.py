@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from worker.app import app, host_queue
-from worker.engine.cancel import cancel
 from worker.engine.connection import shared
+from worker.engine.intervention import cancel, retry_undo
 from worker.engine.journal import Journal
 from worker.engine.operation import submit
 from worker.engine.record import Record
@@ -20,8 +20,8 @@ from worker.engine.registry import Registry
 from worker.engine.requests import Request
 from worker.errors import HostUnreachable
 
-POLL = 0.2
-"""Seconds between two looks at an operation (a look costs under a millisecond)."""
+FIRST_POLL, SLOWEST_POLL = 0.02, 0.2
+"""Seconds between two looks at an operation (a look costs under a millisecond); short ones end soon."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,20 @@ class Fleet:
         """Ask an operation to stop. Raises `OperationNotFound`."""
         return cancel(operation_id)
 
+    def retry_undo(self, operation_id: str) -> Record:
+        """Try again to undo an operation that is stuck. Raises `OperationNotFound`, `InvalidState`, `InstanceBusy`."""
+        return retry_undo(operation_id)
+
     def watch(self, operation_id: str) -> Iterator[Sight]:
         """The operation again and again until it has ended. Raises `OperationNotFound`."""
+        pause = FIRST_POLL
         while True:
             sight = Sight(self.journal.read(operation_id), self.journal.progress(operation_id))
             yield sight
             if sight.record.state.final:
                 return
-            time.sleep(POLL)
+            time.sleep(pause)
+            pause = min(pause * 1.2, SLOWEST_POLL)
 
     def wait(self, operation_id: str, timeout: float | None = None) -> Record:
         """The operation's record once it has ended. Raises `TimeoutError` after `timeout` seconds."""

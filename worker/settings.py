@@ -47,6 +47,9 @@ class Settings(BaseSettings):
     control_slots: int = Field(8, ge=1, description="Short calls at a time per host (threads).")
     disk_slots: int = Field(2, ge=1, description="Copies, converts and snapshots at a time per host (processes).")
 
+    metrics_port: int | None = Field(None, ge=1, le=65535, description="Port of a control worker's Prometheus metrics.")
+    metrics_address: str = Field("127.0.0.1", description="Address of a control worker's Prometheus metrics.")
+
     connect_timeout: Seconds = Field(10.0, description="Bound on opening a libvirt connection, in seconds.")
     lease_ttl: Seconds = Field(30.0, description="A step whose worker is silent this long is taken over, in seconds.")
     reaper_interval: Seconds = Field(1.0, description="Pause between two looks of the reaper, in seconds.")

@@ -32,10 +32,21 @@ def operations(
         output.table("", columns, rows, empty="No operations yet.")
 
 
-def operation(operation_id: OperationId, as_json: AsJson = False) -> None:
-    """Show one operation: its steps, attempts, errors and what was undone."""
+def operation(
+    words: Annotated[list[str], typer.Argument(metavar="[retry-undo] ID", help="Id of an operation.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show one operation: its steps, attempts, errors and what was undone. With retry-undo, undo a stuck one again."""
     with output.errors_told(as_json=as_json):
-        record = Fleet().journal.read(operation_id)
+        fleet = Fleet()
+        match words:
+            case ["retry-undo", operation_id]:
+                fleet.retry_undo(operation_id)
+                raise typer.Exit(follow(fleet, operation_id, as_json=as_json))
+            case [operation_id]:
+                record = fleet.journal.read(operation_id)
+            case _:
+                raise typer.BadParameter("allowed: ID, or retry-undo ID")
         if as_json:
             output.print_json(record.as_dict())
             return

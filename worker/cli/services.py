@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -29,7 +28,7 @@ def control(host: Hosts = None, loglevel: Level = "info") -> None:
     """Serve the short calls of a host, and take in operations."""
     names = _names(host)
     logs.configure(loglevel)
-    run_worker("control", names, when_ready=lambda: for_each(names, join), loglevel=loglevel)
+    run_worker("control", names, introduce=join, loglevel=loglevel)
 
 
 @workers.command()
@@ -37,7 +36,7 @@ def disk(host: Hosts = None, loglevel: Level = "info") -> None:
     """Serve the copies, converts and snapshots of a host. Needs the host's files."""
     names = _names(host)
     logs.configure(loglevel)
-    run_worker("disk", names, when_ready=lambda: for_each(names, sweep), loglevel=loglevel)
+    run_worker("disk", names, introduce=sweep, loglevel=loglevel)
 
 
 def flower(
@@ -57,12 +56,6 @@ def flower(
             )
     logs.configure("warning")
     run_flower(address, port, basic_auth)
-
-
-def for_each(names: list[str], do: Callable[[str], None]) -> None:
-    """Do something for each host, one after the other."""
-    for name in names:
-        do(name)
 
 
 def _names(hosts: list[str] | None) -> list[str]:

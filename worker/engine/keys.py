@@ -20,6 +20,10 @@ FENCE = f"{PREFIX}:fence"
 REAPER = f"{PREFIX}:reaper"
 """STRING, expires: name of the worker whose reaper leads. Written and renewed by that reaper."""
 
+COUNTERS = f"{PREFIX}:counters"
+"""HASH, kept: `step:<name>:<outcome>` and `reaper:<deed>` → how often. Counted by steps and the reaper, read by the
+metrics."""
+
 HOSTS = f"{PREFIX}:hosts"
 """HASH, kept: host → JSON `HostRecord`. Written by control workers as they start, read by admission and the CLI."""
 

@@ -61,6 +61,11 @@ class Registry:
                 allowed=sorted(known),
             )
 
+    def knows(self, host: str) -> bool:
+        """Whether a host is registered."""
+        with translated():
+            return bool(self.redis.hexists(keys.HOSTS, host))
+
     def heartbeat(self, host: str, kind: WorkerKind, facts: dict[str, Any]) -> None:
         """Say that a worker is alive; holds for three heartbeats."""
         ttl = int(get_settings().heartbeat_interval * 3000)

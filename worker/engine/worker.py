@@ -14,6 +14,8 @@ from celery.exceptions import SecurityWarning
 from celery.signals import worker_ready, worker_shutting_down
 
 from worker.app import SHARED_QUEUE, app, host_queue
+from worker.engine.metrics import serve_metrics
+from worker.engine.mirror import MirrorWatch
 from worker.engine.reaper import Reaper
 from worker.engine.registry import WorkerKind, registry
 from worker.errors import BrokerUnavailable
@@ -23,12 +25,14 @@ log = structlog.get_logger(__name__)
 
 
 class Heartbeat(threading.Thread):
-    """Says at regular intervals that this worker is alive."""
+    """Says at regular intervals that this worker is alive, and has it introduce a host that Redis does not know."""
 
-    def __init__(self, hosts: Sequence[str], kind: WorkerKind) -> None:
+    def __init__(self, hosts: Sequence[str], kind: WorkerKind, introduce: Callable[[str], None]) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self.hosts = hosts
         self.kind = kind
+        self._introduce = introduce
+        self._introduced: set[str] = set()
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -37,11 +41,18 @@ class Heartbeat(threading.Thread):
         while True:
             try:
                 for host in self.hosts:
-                    registry().heartbeat(host, self.kind, {"pid": os.getpid(), "since": since})
+                    self._beat(host, since)
             except BrokerUnavailable as error:
                 log.warning("no heartbeat: Redis is away", error=str(error))
             if self._ended.wait(get_settings().heartbeat_interval):
                 return
+
+    def _beat(self, host: str, since: float) -> None:
+        registry().heartbeat(host, self.kind, {"pid": os.getpid(), "since": since})
+        forgotten = self.kind == "control" and not registry().knows(host)
+        if forgotten or host not in self._introduced:
+            self._introduced.add(host)
+            threading.Thread(target=self._introduce, args=[host], name=f"introduce {host}", daemon=True).start()
 
     def stop(self) -> None:
         """Say farewell, so that nobody waits for this worker."""
@@ -53,22 +64,22 @@ class Heartbeat(threading.Thread):
             log.warning("no farewell: Redis is away", error=str(error))
 
 
-def run_worker(kind: WorkerKind, hosts: Sequence[str], *, when_ready: Callable[[], None], loglevel: str) -> None:
-    """Serve the queues of these hosts until told to stop. `when_ready` runs beside the first work."""
+def run_worker(kind: WorkerKind, hosts: Sequence[str], *, introduce: Callable[[str], None], loglevel: str) -> None:
+    """Serve the queues of these hosts until told to stop. `introduce` tells the fleet of a host, beside the work."""
     name = f"{kind}@{hosts[0]}"
-    heartbeat = Heartbeat(hosts, kind)
-    reaper = Reaper(f"{name}:{os.getpid()}") if kind == "control" else None
+    beside: list[Heartbeat | Reaper | MirrorWatch] = [Heartbeat(hosts, kind, introduce)]
+    if kind == "control":
+        beside += [Reaper(f"{name}:{os.getpid()}"), MirrorWatch()]
 
     def ready(**_: Any) -> None:
-        heartbeat.start()
-        if reaper:
-            reaper.start()
-        threading.Thread(target=when_ready, name="survey", daemon=True).start()
+        for companion in beside:
+            companion.start()
+        if kind == "control":
+            serve_metrics()
 
     def stopping(**_: Any) -> None:
-        heartbeat.stop()
-        if reaper:
-            reaper.stop()
+        for companion in beside:
+            companion.stop()
 
     # libvirtd and the guests' disks are root's; messages are JSON only, so the danger it warns of is not there.
     warnings.filterwarnings("ignore", category=SecurityWarning)

@@ -9,7 +9,7 @@ local state = redis.call('HGET', KEYS[1], 'state')
 if not state or ended[state] then return { '', '' } end
 
 redis.call('HSET', KEYS[1], 'state', ARGV[2], 'ended_at', string.format('%.6f', now))
-redis.call('HDEL', KEYS[1], 'verdict')
+if ARGV[2] ~= 'stuck' then redis.call('HDEL', KEYS[1], 'verdict') end -- a stuck one may be undone yet
 redis.call('DEL', KEYS[5])
 redis.call('LREM', KEYS[3], 0, ARGV[1])
 if redis.call('EXISTS', KEYS[7]) == 0 then redis.call('ZREM', KEYS[4], ARGV[1]) end

@@ -1,0 +1,48 @@
+"""What users may ask of an operation that is under way: to stop; or, when it is stuck, to try its undo again."""
+
+from __future__ import annotations
+
+from worker.app import SHARED_QUEUE, app
+from worker.engine.advance import advance
+from worker.engine.journal import journal
+from worker.engine.record import Record
+from worker.errors import InstanceBusy, InvalidState
+
+
+def cancel(operation_id: str) -> Record:
+    """Ask an operation to stop; its record as it is then. Asking again, or too late, changes nothing.
+
+    Raises `OperationNotFound`, `BrokerUnavailable`.
+    """
+    book = journal()
+    if not book.cancel(operation_id).final:
+        advance(operation_id, prompt=True)
+    return book.read(operation_id)
+
+
+def retry_undo(operation_id: str) -> Record:
+    """Try again to undo an operation that is stuck; its record as it is then.
+
+    Raises `OperationNotFound`, `InvalidState` when it is not stuck, `InstanceBusy`.
+    """
+    book = journal()
+    record = book.read(operation_id)
+    answer, detail = book.retry_undo(record)
+    if answer == "state":
+        raise InvalidState(f"operation {operation_id} is {detail}, not stuck: there is nothing to try again")
+    if answer == "busy":
+        raise InstanceBusy(f"instance {record.instance!r} is owned by operation {detail} now", owner=detail)
+    advance(operation_id, prompt=True)
+    return book.read(operation_id)
+
+
+@app.task(name="virtfleet.cancel", queue=SHARED_QUEUE)
+def cancel_by_name(operation_id: str) -> dict[str, object]:
+    """Cancel an operation, for schedulers that send tasks by name."""
+    return cancel(operation_id).as_dict()
+
+
+@app.task(name="virtfleet.retry_undo", queue=SHARED_QUEUE)
+def retry_undo_by_name(operation_id: str) -> dict[str, object]:
+    """Try again to undo an operation that is stuck, for schedulers that send tasks by name."""
+    return retry_undo(operation_id).as_dict()

@@ -1,0 +1,14 @@
+-- Put a record back that Redis has lost, from a host's copy. Nobody executes it: the reaper sees to what is next.
+-- KEYS: 1 operation, 2 claim, 3 undo, 4 ATTENTION, 5 OPERATIONS, 6 FENCE
+-- ARGV: 1 id, 2 highest fence it knew, 3 submitted_at, 4 number of undo entries, entries.., field, value, ...
+-- Returns '1' when it was put back
+if redis.call('EXISTS', KEYS[1]) == 1 then return '' end
+local entries = tonumber(ARGV[4])
+for i = 5 + entries, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+redis.call('DEL', KEYS[3])
+for i = 5, 4 + entries do redis.call('RPUSH', KEYS[3], ARGV[i]) end
+redis.call('SET', KEYS[2], ARGV[1], 'NX')
+redis.call('ZADD', KEYS[4], redis.call('TIME')[1], ARGV[1])
+redis.call('ZADD', KEYS[5], ARGV[3], ARGV[1])
+if tonumber(redis.call('GET', KEYS[6]) or '0') < tonumber(ARGV[2]) then redis.call('SET', KEYS[6], ARGV[2]) end
+return '1'

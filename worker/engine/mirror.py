@@ -1,0 +1,124 @@
+"""The host's own memory of operations in progress, in case Redis loses its.
+
+A worker that executes a step keeps a copy of the operation's record on its host. When Redis was emptied, the record
+is put back from there, and the operation goes on. Copies are not synced to disk: they outlive Redis and workers, and
+a host that lost its power comes back with a Redis that kept its file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from worker.engine.connection import shared
+from worker.engine.journal import Journal
+from worker.engine.record import State
+from worker.errors import BrokerUnavailable
+from worker.settings import get_settings
+
+log = structlog.get_logger(__name__)
+
+LOOK_EVERY = 2.0
+"""Seconds between two looks. A record must be missing at two in a row: a worker that runs one of its steps puts it
+back sooner, together with its lease."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A record as Redis held it: its fields, and its undo entries."""
+
+    operation: str
+    fields: dict[str, str]
+    undo: list[str]
+
+    @property
+    def fence(self) -> int:
+        """The highest fence that any of its steps has had."""
+        return max((int(value) for name, value in self.fields.items() if name.endswith(":fence")), default=0)
+
+
+class Mirror:
+    """The copies on this host."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or get_settings().data_dir / "operations"
+
+    def keep(self, copy: Copy) -> None:
+        """Keep or renew a copy; a host whose disk is full keeps none and goes on."""
+        content = json.dumps({"fields": copy.fields, "undo": copy.undo})
+        path = self._path(copy.operation)
+        unfinished = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(content)
+            unfinished.chmod(0o600)  # requests may hold secrets
+            unfinished.rename(path)
+        except OSError as error:
+            log.warning("cannot keep a copy of the record", operation=copy.operation, error=str(error))
+
+    def drop(self, operation_id: str) -> None:
+        """Forget an operation that has ended."""
+        self._path(operation_id).unlink(missing_ok=True)
+
+    def copies(self) -> Iterator[Copy]:
+        """All copies; one that cannot be read is passed over."""
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                content: dict[str, Any] = json.loads(path.read_text())
+                yield Copy(path.stem, content["fields"], content["undo"])
+            except (OSError, ValueError, KeyError) as error:
+                log.warning("cannot read a copy of a record", path=str(path), error=str(error))
+
+    def _path(self, operation_id: str) -> Path:
+        return self.folder / f"{operation_id}.json"
+
+
+class MirrorWatch(threading.Thread):
+    """Puts back what Redis has lost, and drops the copies of what has ended. One per control worker."""
+
+    def __init__(self, mirror: Mirror | None = None) -> None:
+        super().__init__(name="mirror", daemon=True)
+        self._mirror = mirror or Mirror()
+        self._book = Journal(shared())
+        self._missing: set[str] = set()
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """Look until stopped."""
+        while not self._ended.wait(LOOK_EVERY):
+            try:
+                self.look()
+            except BrokerUnavailable as error:
+                log.debug("cannot compare with Redis", error=str(error))
+            except Exception:
+                log.exception("comparing the host's copies with Redis failed")
+
+    def stop(self) -> None:
+        """End after the running look."""
+        self._ended.set()
+
+    def look(self) -> None:
+        """Compare every copy with Redis once."""
+        missing = set()
+        for copy in self._mirror.copies():
+            state = self._book.state(copy.operation)
+            if state is None:
+                missing.add(copy.operation)
+                if copy.operation in self._missing:
+                    self._restore(copy)
+            elif state.final:
+                self._mirror.drop(copy.operation)
+        self._missing = missing
+
+    def _restore(self, copy: Copy) -> None:
+        if State(copy.fields["state"]).final:
+            self._mirror.drop(copy.operation)
+        elif self._book.revive(copy.operation, copy.fence, copy.fields, copy.undo):
+            log.warning("Redis had lost this operation: restored from the host's copy", operation=copy.operation)
