@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import structlog
 from celery import chain
-from kombu.exceptions import OperationalError
 
 from worker.app import app
-from worker.engine.canvas import remaining, step_signature
+from worker.engine.canvas import Canvas, remaining, step_signature
+from worker.engine.connection import translated
 from worker.engine.decide import Clock, Decision, End, Look, Publish, TurnBack, Undo, decide
 from worker.engine.journal import Journal, journal
 from worker.engine.kinds import kind_of
-from worker.engine.record import Record, State, StepState
-from worker.errors import Cancelled
+from worker.engine.record import Record, State, StepRecord, StepState
+from worker.errors import BrokerUnavailable, Cancelled
 from worker.settings import get_settings
 
 log = structlog.get_logger(__name__)
@@ -22,7 +23,7 @@ log = structlog.get_logger(__name__)
 UNDO_TASK = "undo"
 
 
-def advance(operation_id: str, *, prompt: bool = False, leases_count: bool = True) -> Decision | None:
+def advance(operation_id: str, *, prompt: bool = False) -> Decision | None:
     """Decide what an operation needs and do it; what was decided, or None when there is no such operation.
 
     Safe to call at any time by anybody: what it publishes twice runs once.
@@ -33,13 +34,12 @@ def advance(operation_id: str, *, prompt: bool = False, leases_count: bool = Tru
         book.forget_attention(operation_id)
         return None
     executing = [step for step in (*record.steps.values(), *record.undo_steps) if step.state is StepState.RUNNING]
-    clock = Clock(book.now(), get_settings().publish_grace, leases_count)
-    decision = decide(record, book.leases(record, executing), clock, prompt=prompt)
+    decision = decide(record, book.leases(record, executing), _clock(book), prompt=prompt)
     match decision:
         case Publish(heads):
             _publish(book, record, heads)
         case Undo(steps):
-            _publish_undo(book, record, [step.key for step in steps])
+            _publish_undo(book, record, steps)
         case TurnBack():
             turn_back(operation_id)
         case End(state):
@@ -49,11 +49,25 @@ def advance(operation_id: str, *, prompt: bool = False, leases_count: bool = Tru
     return decision
 
 
+def see_to(operation_id: str) -> None:
+    """Do at once what an operation needs next; while Redis is away, leave it to the reaper."""
+    try:
+        advance(operation_id, prompt=True)
+    except BrokerUnavailable as error:
+        log.warning("Redis is away; the reaper goes on from here", operation=operation_id, error=str(error))
+
+
 def turn_back(operation_id: str) -> None:
     """Begin to undo an operation that was asked to stop while none of its steps runs."""
     reason = Cancelled(f"operation {operation_id} was cancelled on request")
     journal().begin_undo(operation_id, State.CANCELLED, reason.as_dict())
     advance(operation_id, prompt=True)
+
+
+def _clock(book: Journal) -> Clock:
+    settings = get_settings()
+    # Leases run out while Redis is away; whoever is alive renews within this time.
+    return Clock(book.now(), settings.publish_grace, leases_count=book.uptime() > 1.5 * settings.lease_ttl)
 
 
 def _publish(book: Journal, record: Record, heads: tuple[str, ...]) -> None:
@@ -64,24 +78,26 @@ def _publish(book: Journal, record: Record, heads: tuple[str, ...]) -> None:
     # With a step of the same stage still in somebody's hands, what follows is published by whoever ends last.
     wanted = heads if beside else left
     canvas = remaining(kind_of(record.kind).build(operation), wanted)
-    _send(book, record, canvas, heads)
+    _send(book, record, canvas, [record.steps[key] for key in heads])
 
 
-def _publish_undo(book: Journal, record: Record, steps: list[str]) -> None:
-    plans = {step.key: step.plan for step in record.undo_steps}
+def _publish_undo(book: Journal, record: Record, steps: Sequence[StepRecord]) -> None:
+    app.loader.import_default_modules()  # a client that only cancels has imported no step
     task = app.tasks[UNDO_TASK]
-    messages = [step_signature(task, plans[key], record.id, record.instance) for key in steps]
+    messages = [step_signature(task, step.plan, record.id, record.instance) for step in steps]
     _send(book, record, messages[0] if len(messages) == 1 else chain(*messages), steps[:1])
 
 
-def _send(book: Journal, record: Record, canvas: object, heads: tuple[str, ...] | list[str]) -> None:
+def _send(book: Journal, record: Record, canvas: Canvas, heads: Sequence[StepRecord]) -> None:
+    book.look_in(record.id, get_settings().publish_grace)
     try:
-        canvas.apply_async()  # type: ignore[attr-defined]
-    except OperationalError as error:
-        log.warning("could not publish; the reaper will", operation=record.id, steps=heads, error=str(error))
+        with translated():
+            canvas.apply_async()
+    except (BrokerUnavailable, RuntimeError) as error:  # RuntimeError: Celery could not note down a chord's size
+        steps = [step.key for step in heads]
+        log.warning("could not publish; the reaper will", operation=record.id, steps=steps, error=str(error))
         return
     book.mark_published(record.id, heads)
-    book.look_in(record.id, get_settings().publish_grace)
 
 
 def _end(book: Journal, record: Record, state: State) -> None:
@@ -98,8 +114,9 @@ def _tell(book: Journal, operation_id: str) -> None:
     record = book.find(operation_id)
     for task_id, worker in book.waiters(operation_id):
         result = record.as_dict() if record else None
-        app.backend.store_result(task_id, result, "SUCCESS")
-        _show_ended(task_id, worker, record)
+        with translated():
+            app.backend.store_result(task_id, result, "SUCCESS")
+            _show_ended(task_id, worker, record)
         book.waiter_answered(operation_id, task_id, worker)
     book.forget_attention(operation_id)
 

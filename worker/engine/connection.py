@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import redis
+from kombu.exceptions import OperationalError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -23,8 +24,10 @@ UNAVAILABLE = (
     redis.exceptions.TimeoutError,
     redis.exceptions.BusyLoadingError,
     redis.exceptions.ReadOnlyError,
+    redis.exceptions.OutOfMemoryError,
+    OperationalError,
 )
-"""What Redis answers while it is away, loads its data, or is a replica that waits to be promoted."""
+"""What Redis answers, to us or to Celery, while it is away, loads its data, waits to be promoted, or is full."""
 
 
 def connect(url: str) -> Redis:
@@ -54,11 +57,16 @@ def shared() -> Redis:
 
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
-    """Turn what redis-py raises while Redis is away into `BrokerUnavailable`."""
+    """Turn what redis-py and kombu raise while Redis cannot serve into `BrokerUnavailable`."""
     try:
         yield
     except UNAVAILABLE as error:
         raise BrokerUnavailable(f"Redis at {_shown_url()} does not answer: {error}") from error
+    except redis.exceptions.ResponseError as error:
+        # MISCONF: its append-only file cannot be written, as when the disk is full. Nothing was changed.
+        if not str(error).startswith("MISCONF"):
+            raise
+        raise BrokerUnavailable(f"Redis at {_shown_url()} cannot keep anything: {error}") from error
 
 
 def _shown_url() -> str:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from celery.exceptions import Ignore
 
-from worker.engine.advance import advance, turn_back
+from worker.engine.advance import see_to, turn_back
 from worker.engine.journal import Answer, Journal, Outcome, Phase, journal
 from worker.engine.lease import LeaseKeeper
 from worker.engine.patience import patiently
 from worker.engine.record import UNDO_STEP, State
 from worker.engine.step_context import StepContext
-from worker.errors import Cancelled, FencedOff, FleetError, InternalError
+from worker.errors import BrokerUnavailable, Cancelled, FencedOff, FleetError, InternalError
 
 if TYPE_CHECKING:
     from worker.engine.step import Step
@@ -55,7 +55,8 @@ def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
         ctx.flush()
         return Ending("done", result)
     except FleetError as error:
-        may_retry = error.retryable and ctx.lease.attempt < made.retries.attempts
+        worth_it = error.retryable or isinstance(error, BrokerUnavailable)  # the work is sound, only Redis was away
+        may_retry = worth_it and ctx.lease.attempt < made.retries.attempts
         return Ending("retry" if may_retry else "failed", error=error)
     except Exception as error:
         log.exception("unforeseen error")
@@ -104,12 +105,12 @@ def _go_on(task: Any, ctx: StepContext, ending: Ending, *, committed: bool) -> A
         raise Ignore
     if ending.error is None:
         if not task.request.chain:
-            advance(ctx.operation, prompt=True)
+            see_to(ctx.operation)
         return ending.result
     log.warning(ending.outcome, code=ending.error.code, error=str(ending.error), attempt=ctx.lease.attempt)
     if ending.outcome == "retry":
         raise Ignore  # the reaper publishes it when it is due: a message with an ETA would kill a Celery 5.7 worker
-    advance(ctx.operation, prompt=True)
+    see_to(ctx.operation)
     raise ending.error
 
 

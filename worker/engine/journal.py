@@ -123,6 +123,12 @@ class Journal:
         fields, undo = self.dump(operation_id)
         return parse(operation_id, fields, undo) if fields else None
 
+    def state(self, operation_id: str) -> State | None:
+        """Where an operation is, if there is one."""
+        with translated():
+            state = cast("str | None", self.redis.hget(keys.operation(operation_id), "state"))
+        return State(state) if state else None
+
     def dump(self, operation_id: str) -> tuple[dict[str, str], list[str]]:
         """An operation's fields and undo entries as Redis holds them, of one instant."""
         with translated():
@@ -161,10 +167,8 @@ class Journal:
             return cast("list[str]", self.redis.zrangebyscore(keys.ATTENTION, "-inf", now, start=0, num=limit))
 
     def look_in(self, operation_id: str, seconds: float) -> None:
-        """Have the reaper look at an operation that has not ended in `seconds` from now."""
-        at = self.now() + seconds
-        with translated():
-            self.redis.zadd(keys.ATTENTION, {operation_id: at}, xx=True)
+        """Have the reaper look at an operation that has not ended in `seconds` from now, or sooner if it must."""
+        self._run("look_in", [keys.ATTENTION], operation_id, seconds)
 
     def forget_attention(self, operation_id: str) -> None:
         """Nothing is left to look at."""
@@ -179,8 +183,14 @@ class Journal:
         """Ask to execute a step; with the answer "yours" comes a lease."""
         answer = self._run(
             "acquire",
-            [keys.operation(operation_id), keys.lease(operation_id, step), keys.ATTENTION, keys.FENCE],
-            *(operation_id, step, worker, token, int(get_settings().lease_ttl * 1000), phase),
+            [
+                keys.operation(operation_id),
+                keys.lease(operation_id, step),
+                keys.ATTENTION,
+                keys.FENCE,
+                keys.undo(operation_id),
+            ],
+            *(operation_id, step, worker, token, _ttl_ms(), phase),
         )
         if answer[0] != "yours":
             return answer[0], None
@@ -191,7 +201,7 @@ class Journal:
         kept, cancel = self._run(
             "renew",
             [keys.operation(lease.operation), keys.lease(lease.operation, lease.step)],
-            *(lease.step, lease.token, lease.fence, int(get_settings().lease_ttl * 1000)),
+            *(lease.step, lease.token, lease.fence, _ttl_ms()),
         )
         return kept, bool(cancel)
 
@@ -199,7 +209,8 @@ class Journal:
         self, lease: Lease, outcome: Outcome, *, look_in: float, verdict: State | None = None, **fields: Any
     ) -> Committed:
         """Put down how a step ended. With `verdict`, the operation turns back in the same instant."""
-        pairs = [part for name, value in fields.items() for part in (name, json.dumps(value))]
+        # default: an error's details are for reading; one that JSON does not know must not keep a step from ending.
+        pairs = [part for name, value in fields.items() for part in (name, json.dumps(value, default=str))]
         answer = self._run(
             "commit",
             [keys.operation(lease.operation), keys.lease(lease.operation, lease.step), keys.ATTENTION],
@@ -216,18 +227,13 @@ class Journal:
         )
         return cast("Committed", answer)
 
-    def mark_published(self, operation_id: str, steps: Iterable[str]) -> None:
+    def mark_published(self, operation_id: str, steps: Iterable[StepRecord]) -> None:
         """Remember that messages for these steps went out just now."""
-        now = self.now()
-        with translated():
-            pipe = self.redis.pipeline(transaction=True)
-            for step in steps:
-                pipe.hset(keys.operation(operation_id), f"step:{step}:published", f"{now:.6f}")
-                pipe.hincrby(keys.operation(operation_id), f"step:{step}:publications", 1)
-            pipe.execute()
+        pairs = [part for step in steps for part in (step.key, step.attempt)]
+        self._run("mark_published", [keys.operation(operation_id)], *pairs)
 
     def restore(self, lease: Lease, fields: dict[str, str], undo: list[str]) -> bool:
-        """Put back a record that Redis has lost; True when this call did it."""
+        """Put back a record that Redis has lost, and the lease; True when something was put back."""
         head = json.loads(fields["head"])
         pairs = [part for pair in fields.items() for part in pair]
         return bool(
@@ -240,8 +246,29 @@ class Journal:
                     keys.ATTENTION,
                     keys.OPERATIONS,
                     keys.FENCE,
+                    keys.lease(lease.operation, lease.step),
                 ],
-                *(lease.operation, lease.fence, fields["submitted_at"], len(undo), *undo, *pairs),
+                *(lease.operation, lease.step, lease.token, lease.fence, _ttl_ms()),
+                *(fields["submitted_at"], len(undo), *undo, *pairs),
+            )
+        )
+
+    def revive(self, operation_id: str, fence: int, fields: dict[str, str], undo: list[str]) -> bool:
+        """Put back a record that Redis has lost and nobody executes; True when this call did it."""
+        instance = json.loads(fields["head"])["instance"]
+        pairs = [part for pair in fields.items() for part in pair]
+        return bool(
+            self._run(
+                "revive",
+                [
+                    keys.operation(operation_id),
+                    keys.claim(instance),
+                    keys.undo(operation_id),
+                    keys.ATTENTION,
+                    keys.OPERATIONS,
+                    keys.FENCE,
+                ],
+                *(operation_id, fence, fields["submitted_at"], len(undo), *undo, *pairs),
             )
         )
 
@@ -253,6 +280,20 @@ class Journal:
         if not state:
             raise OperationNotFound(f"no operation {operation_id!r} is in the journal")
         return State(state)
+
+    def retry_undo(self, record: Record) -> tuple[str, str]:
+        """Let an operation that is stuck try its undo again; what came of it: ok, state, busy or gone, and a detail."""
+        answer = self._run(
+            "retry_undo",
+            [
+                keys.operation(record.id),
+                keys.claim(record.instance),
+                keys.undo(record.id),
+                keys.ATTENTION,
+            ],
+            *(record.id, _OPERATION_PREFIX),
+        )
+        return answer[0], answer[1] if len(answer) > 1 else ""
 
     def begin_undo(self, operation_id: str, verdict: State, error: dict[str, Any]) -> None:
         """Turn an operation back; it will end in `verdict`."""
@@ -279,6 +320,17 @@ class Journal:
             *(record.id, state, keep, _OPERATION_PREFIX),
         )
         return bool(first), heir
+
+    def trim(self) -> int:
+        """Take the ids of records that have expired out of the listing; how many there were."""
+        before = self.now() - get_settings().keep_records
+        with translated():
+            ids = cast("list[str]", self.redis.zrangebyscore(keys.OPERATIONS, "-inf", before))
+            pipe = self.redis.pipeline(transaction=False)
+            for operation_id in ids:
+                pipe.exists(keys.operation(operation_id))
+            gone = [one for one, there in zip(ids, pipe.execute(), strict=True) if not there]
+            return int(self.redis.zrem(keys.OPERATIONS, *gone)) if gone else 0
 
     # --- those who wait for the end ------------------------------------------------------------------------------
 
@@ -310,6 +362,10 @@ class Journal:
         with translated():
             reports = cast("dict[str, str]", self.redis.hgetall(keys.progress(operation_id)))
         return {step: json.loads(report) for step, report in reports.items()}
+
+
+def _ttl_ms() -> int:
+    return int(get_settings().lease_ttl * 1000)
 
 
 def journal() -> Journal:

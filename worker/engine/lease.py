@@ -9,6 +9,7 @@ from types import TracebackType
 import structlog
 
 from worker.engine.journal import Journal, Lease
+from worker.engine.patience import patiently
 from worker.errors import BrokerUnavailable, Cancelled, FencedOff, FleetError
 from worker.settings import get_settings
 
@@ -28,7 +29,7 @@ class LeaseKeeper:
     def __init__(self, journal: Journal, lease: Lease) -> None:
         self.journal = journal
         self.lease = lease
-        self._dump = journal.dump(lease.operation)
+        self._dump = patiently(journal.dump, lease.operation)
         self._stop: FleetError | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"lease {lease.step}", daemon=True)
@@ -65,7 +66,8 @@ class LeaseKeeper:
 
     def _keep(self) -> None:
         silent_since: float | None = None
-        while not self._ended.wait(LISTEN) and self._stop is None:
+        # A step that was told to stop keeps its lease until it has: nothing may be undone beneath it before.
+        while not self._ended.wait(LISTEN) and not isinstance(self._stop, FencedOff):
             try:
                 self._renew()
                 silent_since = None

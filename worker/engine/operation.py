@@ -13,14 +13,15 @@ from celery.exceptions import Ignore
 from pydantic import ValidationError
 
 from worker.app import SHARED_QUEUE, app
-from worker.engine.advance import advance
+from worker.engine.advance import see_to
 from worker.engine.canvas import Canvas, stages_of
 from worker.engine.journal import journal
 from worker.engine.kinds import Asked, Kind, Operation, add_kind, kind_for
+from worker.engine.patience import patiently
 from worker.engine.record import Record, State
 from worker.engine.registry import registry
 from worker.engine.requests import Request, Target
-from worker.errors import FleetError, InstanceBusy, OperationConflict
+from worker.errors import BrokerUnavailable, FleetError, InstanceBusy, OperationConflict
 from worker.models import explain
 
 log = structlog.get_logger(__name__)
@@ -79,13 +80,15 @@ def _admit(kind: Kind[Any], request: Request, operation_id: str) -> Record:
                 hint=f"Wait for it (virtfleet watch {admission.detail}) or ask to be queued (--wait-if-busy).",
                 owner=admission.detail,
             )
+    except BrokerUnavailable:
+        raise
     except FleetError as error:
         book.reject(operation_id, _head(kind, asked, _named(asked)), error.as_dict())
         raise
     if admission.outcome == "exists":
         return _attach(book.read(operation_id), kind, asked)
     log.info("admitted", operation=operation_id, kind=kind.name, instance=target.instance, host=target.host)
-    advance(operation_id, prompt=True)
+    see_to(operation_id)
     return book.read(operation_id)
 
 
@@ -121,12 +124,14 @@ def _admit_by_name(kind: Kind[Any], task: Any, arguments: dict[str, Any]) -> dic
     operation_id = given if isinstance(given, str) and given else new_id()
     try:
         request = _validated(kind, arguments, operation_id)
-        record = _admit(kind, request, operation_id)
+        # The message is gone from its queue: Redis being away is no reason to turn the request away.
+        record = patiently(_admit, kind, request, operation_id)
     except FleetError as error:
         return _turned_away(kind, operation_id, arguments, error)
-    if not record.state.final and journal().wait_for(record.id, task.request.id, str(task.request.hostname)):
+    worker = str(task.request.hostname)
+    if not record.state.final and patiently(journal().wait_for, record.id, task.request.id, worker):
         raise Ignore  # the result is stored when the operation ends
-    return journal().read(record.id).as_dict()
+    return patiently(journal().read, record.id).as_dict()
 
 
 def _validated(kind: Kind[Any], arguments: dict[str, Any], operation_id: str) -> Request:
@@ -136,7 +141,7 @@ def _validated(kind: Kind[Any], arguments: dict[str, Any], operation_id: str) ->
         reason = explain(error)
         head = _head(kind, _bounded(arguments), _named(arguments))
         if not any(one["field"] == "operation_id" for one in reason.details["fields"]):
-            journal().reject(operation_id, head, reason.as_dict())
+            patiently(journal().reject, operation_id, head, reason.as_dict())
         raise reason from error
     return request
 

@@ -6,7 +6,9 @@ It runs in every control worker; one leads by a lease. It looks only at operatio
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from typing import cast
 
 import structlog
@@ -24,6 +26,7 @@ BATCH = 50
 """Operations per tick: bounds how long one tick can take, so the leader renews its lease in time."""
 
 LEADER_TTL = 10.0
+TRIM_EVERY = 60.0
 
 _LEAD = """
 local leader = redis.call('GET', KEYS[1])
@@ -43,6 +46,7 @@ class Reaper(threading.Thread):
         self._book = Journal(self._redis)
         self._lead = self._redis.register_script(_LEAD)
         self._ended = threading.Event()
+        self._trimmed_at = -math.inf
 
     def run(self) -> None:
         """Tick, and survive whatever a tick meets."""
@@ -62,14 +66,11 @@ class Reaper(threading.Thread):
         """Look at the operations that are due, as the leader; how many there were."""
         if not self._leads():
             return 0
+        self._trim()
         due = self._book.due(BATCH)
-        if not due:
-            return 0
-        # Leases ran out while Redis was away; whoever is alive renews within this time.
-        leases_count = self._book.uptime() > 1.5 * get_settings().lease_ttl
         for operation_id in due:
             try:
-                decision = advance(operation_id, leases_count=leases_count)
+                decision = advance(operation_id)
             except BrokerUnavailable:
                 raise
             except Exception:
@@ -79,6 +80,11 @@ class Reaper(threading.Thread):
             else:
                 log.debug("looked at", operation=operation_id, decision=repr(decision))
         return len(due)
+
+    def _trim(self) -> None:
+        if time.monotonic() - self._trimmed_at > TRIM_EVERY:
+            self._trimmed_at = time.monotonic()
+            self._book.trim()
 
     def _leads(self) -> bool:
         with translated():

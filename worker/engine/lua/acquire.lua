@@ -1,13 +1,33 @@
 -- Become the one executor of a step, with a fence higher than every earlier one.
--- KEYS: 1 operation, 2 lease, 3 ATTENTION, 4 FENCE
+-- KEYS: 1 operation, 2 lease, 3 ATTENTION, 4 FENCE, 5 undo
 -- ARGV: 1 id, 2 step, 3 worker, 4 token, 5 time to live in ms, 6 'run' or 'undo'
 -- Returns {'yours', fence, attempt} | {'done'} | {'leased'} | {'early'} | {'cancel'} | {'ended'} | {'gone'}
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return { 'gone' } end
+local function state_of(key) return redis.call('HGET', KEYS[1], 'step:' .. key .. ':state') end
 local field = 'step:' .. ARGV[2] .. ':'
-local step = redis.call('HGET', KEYS[1], field .. 'state')
+local step = state_of(ARGV[2])
+
+-- Whether all that stands before this step is done: the stages before its own, or the undo entries newer than it.
+local function is_its_turn()
+  if ARGV[6] == 'undo' then
+    for newer = tonumber(string.sub(ARGV[2], 6)) + 1, redis.call('LLEN', KEYS[5]) - 1 do
+      if state_of('undo:' .. newer) ~= 'done' then return false end
+    end
+    return true
+  end
+  for _, stage in ipairs(cjson.decode(redis.call('HGET', KEYS[1], 'plan'))) do
+    local done = true
+    for _, planned in ipairs(stage) do
+      if planned.key == ARGV[2] then return true end
+      done = done and state_of(planned.key) == 'done'
+    end
+    if not done then return false end
+  end
+  return false
+end
 
 if ARGV[6] == 'undo' then
   if state ~= 'undoing' then return { 'ended' } end
@@ -23,6 +43,7 @@ if holder == ARGV[4] then -- the first answer was lost on its way
 end
 if holder then return { 'leased' } end
 if ARGV[6] == 'run' and redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then return { 'cancel' } end
+if not is_its_turn() then return { 'early' } end
 -- A message that lingered from before a retry was put off must not run ahead of its time.
 if step == 'retry' and tonumber(redis.call('HGET', KEYS[1], field .. 'due')) > now + 0.05 then return { 'early' } end
 
