@@ -29,14 +29,16 @@ class Meter:
         self._event_part = 0.0
         self._rate = 0.0
         self._pending: dict[str, Any] | None = None
+        self._finished = False
 
     def tick(self, done: int, total: int | None, note: str) -> None:
         """Take note; says it when enough time has passed, and always when all is done or the note is new."""
         now = time.monotonic()
         report = {"done": done, "total": total, "note": note, "rate": self._rate, "eta": None}
         finished = total is not None and done >= total
+        was_finished, self._finished = self._finished, finished
         new_note = self._last is None or note != self._last["note"]
-        if now - self._reported_at < REPORT_EVERY and not finished and not new_note:
+        if now - self._reported_at < REPORT_EVERY and (was_finished or not finished) and not new_note:
             self._pending = report
             return
         self._say(report, now)
@@ -56,7 +58,7 @@ class Meter:
         self._pending, self._last, self._reported_at = None, report, now
         self._report(report)
         part = report["done"] / report["total"] if report["total"] else 0.0
-        if now - self._event_at >= EVENT_EVERY or part - self._event_part >= EVENT_STEP:
+        if now - self._event_at >= EVENT_EVERY or abs(part - self._event_part) >= EVENT_STEP:
             self._event_at, self._event_part = now, part
             self._event(describe(report))
 

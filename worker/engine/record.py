@@ -166,6 +166,7 @@ class Record:
                     "host": entry.host,
                     "arguments": entry.arguments,
                     "state": step.state.value,
+                    "error": step.error,
                 }
                 for entry, step in zip(self.undo, self.undo_steps, strict=True)
             ],
