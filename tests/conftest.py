@@ -1,0 +1,67 @@
+"""What tests of several parts share: a private Redis and this process' journal on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import pytest
+
+from tests.lab.process import lab_folder
+from tests.lab.redis import Redis
+from worker.app import app
+from worker.engine.journal import Journal
+from worker.engine.journal import journal as journal_of_process
+from worker.settings import get_settings
+
+
+@contextmanager
+def settings(**changed: object) -> Iterator[None]:
+    """This process has other settings, given by their names, in the `with` block; Celery follows `redis_url`."""
+    variables = {f"VIRTFLEET_{name.upper()}": str(value) for name, value in changed.items()}
+    with _environment(variables):
+        get_settings.cache_clear()
+        before = app.conf.broker_url, app.conf.result_backend
+        _point_celery_at(get_settings().redis_url, get_settings().redis_url)
+        try:
+            yield
+        finally:
+            _point_celery_at(*before)
+    get_settings.cache_clear()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _point_celery_at(broker: str, backend: str) -> None:
+    app.conf.update(broker_url=broker, result_backend=backend)
+    # Celery has no public way to let go of its connections: these lead to the former Redis.
+    app._after_fork()  # type: ignore[attr-defined]
+    app._backend_cache = None  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session")
+def redis() -> Iterator[Redis]:
+    """A private Redis, which keeps running for the whole session."""
+    with lab_folder() as folder, Redis(folder / "redis") as server:
+        yield server
+
+
+@pytest.fixture
+def journal(redis: Redis) -> Iterator[Journal]:
+    """This process' journal on the private Redis, empty."""
+    redis.flushall()
+    with settings(redis_url=redis.url):
+        yield journal_of_process()

@@ -1,0 +1,581 @@
+"""The journal's scripts on a real Redis: who may own, execute, end and undo, whatever comes twice, late or lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.conftest import settings
+from tests.lab.process import lab_folder, wait_until
+from tests.lab.redis import Redis
+from worker.engine import keys
+from worker.engine.connection import connect
+from worker.engine.journal import Admission, Journal, Lease, Phase
+from worker.engine.patience import patiently
+from worker.engine.record import Record, State, StepPlan, StepState, UndoEntry
+from worker.errors import BrokerUnavailable, OperationNotFound
+
+CHAIN = ((StepPlan("copy", "copy", "h1", "disk"),), (StepPlan("boot", "boot", "h1", "control"),))
+GROUP = (tuple(StepPlan(key, "copy", "h1", "disk") for key in ("left", "right")),)
+ENTRY = UndoEntry("remove", "h1", {"path": "/a"})
+
+
+def admit(journal: Journal, name: str, *, wait: bool = False, stages: Any = CHAIN, instance: str = "vm") -> Admission:
+    head = {"kind": "test", "request": {}, "instance": instance, "uuid": "u", "host": "h1"}
+    return journal.admit(name, head, f"digest of {name}", stages, wait=wait)
+
+
+def take(journal: Journal, step: str = "copy", name: str = "op", by: str = "first", phase: Phase = "run") -> Lease:
+    answer, lease = journal.acquire(name, step, "disk@h1", by, phase)
+    assert lease, answer
+    return lease
+
+
+def refusal(journal: Journal, step: str = "copy", name: str = "op", phase: Phase = "run") -> str:
+    answer, lease = journal.acquire(name, step, "disk@h1", "another token", phase)
+    assert lease is None
+    return answer
+
+
+def done(journal: Journal, lease: Lease) -> None:
+    assert journal.commit(lease, "done", look_in=10, result=None) == "ok"
+
+
+def failed(journal: Journal, lease: Lease, verdict: State | None = State.FAILED) -> None:
+    assert journal.commit(lease, "failed", look_in=10, verdict=verdict, error={"code": "permanent"}) == "ok"
+
+
+def end(journal: Journal, name: str, state: State = State.SUCCEEDED) -> tuple[bool, str]:
+    return journal.conclude(journal.read(name), state)
+
+
+def lose_lease(journal: Journal, lease: Lease) -> None:
+    """As when its time to live has passed without a renewal."""
+    assert journal.redis.delete(keys.lease(lease.operation, lease.step)) == 1
+
+
+def attention(journal: Journal, name: str = "op") -> float | None:
+    """Seconds until the reaper looks at an operation."""
+    score: Any = journal.redis.zscore(keys.ATTENTION, name)
+    return None if score is None else score - journal.now()
+
+
+def owner(journal: Journal, instance: str = "vm") -> Any:
+    return journal.redis.get(keys.claim(instance))
+
+
+# --- admission ----------------------------------------------------------------------------------------------------
+
+
+def test_admission_writes_the_record_and_claims_the_instance_at_once(journal: Journal) -> None:
+    assert admit(journal, "op") == Admission("admitted", "queued")
+    record = journal.read("op")
+    assert (record.state, list(record.steps), record.stages) == (State.QUEUED, ["copy", "boot"], CHAIN)
+    assert abs(record.submitted_at - journal.now()) < 5
+    assert owner(journal) == "op"
+    assert 0 < (attention(journal) or 0) <= 10
+
+
+def test_of_many_admissions_of_one_id_exactly_one_is_taken_in(journal: Journal) -> None:
+    with ThreadPoolExecutor(20) as pool:
+        outcomes = [one.outcome for one in pool.map(lambda _: admit(journal, "op"), range(50))]
+    assert outcomes.count("admitted") == 1
+    assert outcomes.count("exists") == 49
+
+
+def test_of_many_operations_on_one_instance_exactly_one_owns_it(journal: Journal) -> None:
+    with ThreadPoolExecutor(20) as pool:
+        admissions = list(pool.map(lambda number: admit(journal, f"op{number}"), range(50)))
+    (winner,) = (f"op{number}" for number, one in enumerate(admissions) if one.outcome == "admitted")
+    assert owner(journal) == winner
+    assert [one for one in admissions if one.outcome != "admitted"] == [Admission("busy", winner)] * 49
+    assert [record.id for record in journal.latest(100)] == [winner], "who was refused leaves nothing"
+
+
+def test_an_id_that_was_used_says_for_what(journal: Journal) -> None:
+    admit(journal, "op")
+    assert admit(journal, "op", instance="other") == Admission("exists", "digest of op")
+    assert owner(journal, "other") is None
+
+
+def test_those_who_wait_get_the_instance_in_order_and_one_at_a_time(journal: Journal) -> None:
+    admit(journal, "first")
+    for name in ("second", "third", "fourth"):
+        assert admit(journal, name, wait=True) == Admission("admitted", "waiting")
+    assert refusal(journal, name="second") == "early"
+    assert end(journal, "third", State.CANCELLED) == (True, ""), "who gives up waiting hands nothing over"
+
+    assert end(journal, "first") == (True, "second")
+    assert owner(journal) == "second"
+    assert journal.read("second").state is State.QUEUED
+    assert journal.read("fourth").state is State.WAITING
+    assert (attention(journal, "second") or 0) <= 0, "should its first message be lost, the reaper sees to it"
+    assert admit(journal, "fifth") == Admission("busy", "second")
+
+    assert end(journal, "second", State.STUCK) == (True, "fourth")
+    assert end(journal, "fourth") == (True, "")
+    assert owner(journal) is None
+
+
+def test_the_claim_passes_over_heirs_that_are_gone(journal: Journal) -> None:
+    admit(journal, "first")
+    admit(journal, "lost", wait=True)
+    admit(journal, "heir", wait=True)
+    journal.redis.delete(keys.operation("lost"))
+    assert end(journal, "first") == (True, "heir")
+
+
+@pytest.mark.parametrize("how", ["ended", "vanished"])
+def test_a_claim_that_was_left_behind_is_taken_over(journal: Journal, how: str) -> None:
+    admit(journal, "old")
+    if how == "ended":
+        journal.redis.hset(keys.operation("old"), "state", "failed")
+    else:
+        journal.redis.delete(keys.operation("old"))
+    assert admit(journal, "new") == Admission("admitted", "queued")
+    assert owner(journal) == "new"
+
+
+def test_a_rejected_record_may_be_replaced_by_a_good_request(journal: Journal) -> None:
+    head = {"kind": "test", "request": {}, "instance": "", "uuid": "", "host": ""}
+    journal.reject("op", head, {"code": "invalid_spec", "message": "no"})
+    rejected = journal.read("op")
+    assert (rejected.state, rejected.error) == (State.REJECTED, {"code": "invalid_spec", "message": "no"})
+    assert 0 < expiry(journal, "op") <= 7 * 86400
+
+    assert admit(journal, "op").outcome == "admitted"
+    record = journal.read("op")
+    assert (record.state, record.error) == (State.QUEUED, None)
+    assert expiry(journal, "op") == -1, "the record of an operation in progress must not expire"
+
+
+def test_a_rejection_never_replaces_what_was_taken_in(journal: Journal) -> None:
+    admit(journal, "op")
+    journal.reject("op", {"kind": "x", "request": {}, "instance": "", "uuid": "", "host": ""}, {"code": "no"})
+    assert journal.read("op").state is State.QUEUED
+
+
+def expiry(journal: Journal, name: str) -> int:
+    seconds: Any = journal.redis.ttl(keys.operation(name))
+    return int(seconds)
+
+
+# --- leases -------------------------------------------------------------------------------------------------------
+
+
+def test_of_many_executors_exactly_one_gets_the_step(journal: Journal) -> None:
+    admit(journal, "op")
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(lambda n: journal.acquire("op", "copy", "w", f"t{n}", "run")[0], range(50)))
+    assert sorted(answers) == ["leased"] * 49 + ["yours"]
+    assert journal.read("op").steps["copy"].attempt == 1
+
+
+def test_acquiring_puts_down_who_executes_the_step(journal: Journal) -> None:
+    admit(journal, "op")
+    lease = take(journal)
+    record = journal.read("op")
+    step = record.steps["copy"]
+    assert record.state is State.RUNNING
+    assert (step.state, step.worker, step.attempt, step.fence) == (StepState.RUNNING, "disk@h1", 1, lease.fence)
+    assert record.started_at is not None
+    left = journal.leases(record, record.steps.values())
+    assert list(left) == ["copy"]
+    assert 0 < left["copy"] <= 30
+    assert 25 < (attention(journal) or 0) <= 30
+
+
+def test_acquiring_again_by_the_same_executor_gives_the_same_lease(journal: Journal) -> None:
+    admit(journal, "op")
+    assert take(journal) == take(journal)
+    assert journal.read("op").steps["copy"].attempt == 1
+
+
+def test_a_step_is_refused_when_it_is_not_to_run(journal: Journal) -> None:
+    assert refusal(journal, name="unknown") == "gone"
+    admit(journal, "op")
+    copy = take(journal)
+    assert refusal(journal) == "leased"
+    assert refusal(journal, "undo:0", phase="undo") == "ended", "it is not being undone"
+    done(journal, copy)
+    assert refusal(journal) == "done"
+
+    boot = take(journal, "boot")
+    assert journal.commit(boot, "retry", look_in=60, error={}) == "ok"
+    assert refusal(journal, "boot") == "early"
+    journal.cancel("op")
+    assert refusal(journal, "boot") == "cancel"
+    end(journal, "op", State.CANCELLED)
+    assert refusal(journal, "boot") == "ended"
+
+
+def test_a_step_whose_predecessor_is_not_done_is_refused(journal: Journal) -> None:
+    """Messages may come out of turn; the journal keeps the order."""
+    admit(journal, "op")
+    assert refusal(journal, "boot") == "early"
+    copy = take(journal)
+    assert refusal(journal, "boot") == "early"
+    done(journal, copy)
+    take(journal, "boot")
+
+
+def test_steps_of_a_group_run_beside_each_other(journal: Journal) -> None:
+    admit(journal, "op", stages=(*GROUP, *CHAIN))
+    left, right = take(journal, "left"), take(journal, "right")
+    done(journal, right)
+    assert refusal(journal, "copy") == "early"
+    done(journal, left)
+    take(journal, "copy")
+
+
+def test_undo_entries_run_newest_first_and_one_at_a_time(journal: Journal) -> None:
+    admit(journal, "op")
+    copy = take(journal)
+    for number in range(3):
+        journal.push_undo(copy, UndoEntry("remove", "h1", {"number": number}))
+    failed(journal, copy)
+    for number in (2, 1, 0):
+        assert [refusal(journal, f"undo:{earlier}", phase="undo") for earlier in range(number)] == ["early"] * number
+        done(journal, take(journal, f"undo:{number}", phase="undo"))
+
+
+def test_fences_grow_also_after_redis_has_lost_its_memory(journal: Journal) -> None:
+    fences = []
+    for number in range(3):
+        admit(journal, f"op{number}", instance=f"vm{number}")
+        fences.append(take(journal, name=f"op{number}").fence)
+    journal.redis.flushall()
+    admit(journal, "op")
+    fences.append(take(journal).fence)
+    assert fences == sorted(set(fences))
+
+
+def test_a_lease_that_ran_out_is_taken_back_when_nobody_took_over(journal: Journal) -> None:
+    admit(journal, "op")
+    lease = take(journal)
+    lose_lease(journal, lease)
+    assert journal.renew(lease) == ("held", False)
+    assert refusal(journal) == "leased"
+
+
+def test_a_lease_is_lost_when_somebody_took_over(journal: Journal) -> None:
+    admit(journal, "op")
+    old = take(journal)
+    lose_lease(journal, old)
+    new = take(journal, by="second")
+    assert new.fence > old.fence
+    assert new.attempt == 2
+    assert journal.renew(old) == ("lost", False)
+    assert journal.commit(old, "done", look_in=1, result="stale") == "refused"
+    assert journal.push_undo(old, ENTRY) == "refused"
+    lose_lease(journal, new)
+    assert journal.renew(old) == ("lost", False), "also while the newer one is silent"
+    assert journal.renew(new) == ("held", False)
+    done(journal, new)
+    assert journal.read("op").undo == ()
+
+
+def test_a_renewal_tells_of_a_cancel_and_of_a_sibling_that_failed(journal: Journal) -> None:
+    admit(journal, "op", stages=GROUP)
+    left, right = take(journal, "left"), take(journal, "right")
+    journal.cancel("op")
+    assert journal.renew(left) == ("held", True)
+    failed(journal, right)
+    assert journal.renew(left) == ("stop", True)
+    assert "left" in journal.leases(journal.read("op"), journal.read("op").steps.values())
+
+
+# --- ending a step ------------------------------------------------------------------------------------------------
+
+
+def test_a_commit_may_be_repeated(journal: Journal) -> None:
+    admit(journal, "op")
+    lease = take(journal)
+    for _ in range(2):
+        assert journal.commit(lease, "done", look_in=10, result={"bytes": 5}) == "ok"
+    step = journal.read("op").steps["copy"]
+    assert (step.state, step.result) == (StepState.DONE, {"bytes": 5})
+    assert journal.leases(journal.read("op"), [step]) == {}
+    assert journal.commit(lease, "failed", look_in=10, error={}) == "refused", "what is done cannot fail any more"
+
+
+def test_a_retry_waits_for_its_time(journal: Journal) -> None:
+    admit(journal, "op")
+    assert journal.commit(take(journal), "retry", look_in=0.3, error={"code": "host_unreachable"}) == "ok"
+    step = journal.read("op").steps["copy"]
+    assert step.state is StepState.RETRY
+    assert step.due is not None
+    assert 0 < step.due - journal.now() <= 0.3
+    assert 0 < (attention(journal) or 0) <= 0.3
+    assert refusal(journal) == "early"
+    wait_until(lambda: journal.now() > (step.due or 0), 2, "the retry is due")
+    assert take(journal, by="second").attempt == 2
+
+
+def test_a_failure_turns_the_operation_back_in_the_same_instant(journal: Journal) -> None:
+    admit(journal, "op", stages=GROUP)
+    left, right = take(journal, "left"), take(journal, "right")
+    failed(journal, left, State.CANCELLED)
+    record = journal.read("op")
+    assert (record.state, record.verdict, record.error) == (State.UNDOING, State.CANCELLED, {"code": "permanent"})
+    assert journal.commit(right, "failed", look_in=1, verdict=State.FAILED, error={"code": "later"}) == "ok"
+    record = journal.read("op")
+    assert (record.verdict, record.error) == (State.CANCELLED, {"code": "permanent"}), "the first failure is the reason"
+
+
+def test_what_json_does_not_know_does_not_keep_a_step_from_ending(journal: Journal) -> None:
+    admit(journal, "op")
+    details = {"path": object()}
+    assert journal.commit(take(journal), "failed", look_in=1, verdict=State.FAILED, error=details) == "ok"
+
+
+def test_an_executor_that_slept_through_the_end_changes_nothing(journal: Journal) -> None:
+    """Its worker was frozen; the operation was cancelled, undone and ended without it."""
+    admit(journal, "op")
+    lease = take(journal)
+    lose_lease(journal, lease)
+    journal.cancel("op")
+    journal.begin_undo("op", State.CANCELLED, {})
+    end(journal, "op", State.CANCELLED)
+    before = journal.dump("op")
+    assert journal.renew(lease)[0] == "lost"
+    assert journal.push_undo(lease, ENTRY) == "refused"
+    assert journal.commit(lease, "failed", look_in=1, verdict=State.FAILED, error={}) == "refused"
+    assert journal.dump("op") == before
+    assert attention(journal) is None
+
+
+def test_undo_entries_are_kept_once_and_in_order(journal: Journal) -> None:
+    admit(journal, "op")
+    lease = take(journal)
+    second = UndoEntry("remove", "h1", {"path": "/b"})
+    for entry in (ENTRY, second, ENTRY):
+        assert journal.push_undo(lease, entry) == "ok"
+    assert journal.read("op").undo == (ENTRY, second)
+    done(journal, lease)
+    assert journal.push_undo(lease, ENTRY) == "refused"
+
+
+# --- cancelling and ending an operation ---------------------------------------------------------------------------
+
+
+def test_a_cancel_is_kept_and_seen_at_once(journal: Journal) -> None:
+    with pytest.raises(OperationNotFound, match="'op'"):
+        journal.cancel("op")
+    admit(journal, "op")
+    assert journal.cancel("op") is State.QUEUED
+    assert journal.read("op").cancel is not None
+    assert (attention(journal) or 0) <= 0
+    assert refusal(journal) == "cancel"
+
+
+def test_a_cancel_that_comes_too_late_changes_nothing(journal: Journal) -> None:
+    admit(journal, "op")
+    end(journal, "op")
+    assert journal.cancel("op") is State.SUCCEEDED
+    record = journal.read("op")
+    assert (record.state, record.cancel) == (State.SUCCEEDED, None)
+
+
+def test_the_end_frees_the_instance_and_lets_the_record_expire(journal: Journal) -> None:
+    admit(journal, "op")
+    copy = take(journal)
+    journal.push_undo(copy, ENTRY)
+    journal.report("op", "copy", {"done": 1})
+    done(journal, copy)
+    assert end(journal, "op") == (True, "")
+    assert owner(journal) is None
+    assert journal.progress("op") == {}
+    assert attention(journal) is None
+    assert 0 < expiry(journal, "op") <= 7 * 86400
+    undo_expiry: Any = journal.redis.ttl(keys.undo("op"))
+    assert undo_expiry > 0
+    assert end(journal, "op", State.FAILED) == (False, ""), "an operation ends once"
+    assert journal.read("op").state is State.SUCCEEDED
+
+
+def test_the_record_of_a_stuck_operation_is_kept(journal: Journal) -> None:
+    admit(journal, "op")
+    end(journal, "op", State.STUCK)
+    assert expiry(journal, "op") == -1
+    assert owner(journal) is None
+
+
+def test_the_end_of_one_operation_does_not_free_the_instance_of_another(journal: Journal) -> None:
+    admit(journal, "old")
+    journal.redis.hset(keys.claim("unrelated"), "x", "y")
+    journal.redis.set(keys.claim("vm"), "new")
+    assert end(journal, "old") == (True, "")
+    assert owner(journal) == "new"
+
+
+def test_who_waits_for_the_end_is_told_until_it_has_ended(journal: Journal) -> None:
+    admit(journal, "op")
+    assert journal.wait_for("op", "task", "control@h1")
+    assert journal.waiters("op") == [("task", "control@h1")]
+    end(journal, "op")
+    assert attention(journal) is not None, "until the waiter has its answer"
+    journal.waiter_answered("op", "task", "control@h1")
+    assert journal.waiters("op") == []
+    assert not journal.wait_for("op", "late", "control@h1")
+
+
+def test_a_look_asked_for_sooner_stands(journal: Journal) -> None:
+    admit(journal, "op")
+    journal.look_in("op", 3)
+    journal.look_in("op", 8)
+    assert 2 < (attention(journal) or 0) <= 3
+    journal.redis.zadd(keys.ATTENTION, {"op": journal.now() - 1})
+    journal.look_in("op", 8)
+    assert 7 < (attention(journal) or 0) <= 8, "one that is over is moved"
+    journal.look_in("unknown", 1)
+    assert attention(journal, "unknown") is None
+
+
+def test_a_publication_that_is_noted_late_does_not_hide_who_has_begun(journal: Journal) -> None:
+    admit(journal, "op")
+    published = journal.read("op").steps["copy"]
+    journal.mark_published("op", [published])
+    journal.mark_published("op", [published])
+    assert journal.read("op").steps["copy"].publications == 2
+    take(journal)
+    journal.mark_published("op", [published])
+    step = journal.read("op").steps["copy"]
+    assert (step.published, step.publications) == (None, 0)
+
+
+def test_the_listing_forgets_records_that_have_expired(journal: Journal) -> None:
+    for name in ("expired", "running", "fresh"):
+        admit(journal, name, instance=name)
+    long_ago = journal.now() - 8 * 86400
+    journal.redis.zadd(keys.OPERATIONS, {"expired": long_ago, "running": long_ago})
+    journal.redis.delete(keys.operation("expired"))
+    assert journal.trim() == 1
+    assert {record.id for record in journal.latest(10)} == {"running", "fresh"}
+    assert journal.redis.zcard(keys.OPERATIONS) == 2
+
+
+# --- Redis loses its memory ---------------------------------------------------------------------------------------
+
+
+def put_back(journal: Journal, lease: Lease, dump: tuple[dict[str, str], list[str]]) -> bool:
+    field = f"step:{lease.step}:"
+    return journal.restore(lease, {**dump[0], f"{field}fence": str(lease.fence)}, dump[1])
+
+
+def test_what_redis_has_lost_is_put_back_whole(journal: Journal) -> None:
+    admit(journal, "op")
+    lease = take(journal)
+    journal.push_undo(lease, ENTRY)
+    before, dump = journal.read("op"), journal.dump("op")
+    journal.redis.flushall()
+    assert journal.renew(lease) == ("gone", False)
+    assert journal.commit(lease, "done", look_in=1, result=None) == "gone"
+    assert journal.push_undo(lease, ENTRY) == "gone"
+    assert journal.find("op") is None, "nothing of it is left half"
+
+    assert put_back(journal, lease, dump)
+    assert journal.read("op") == before
+    assert owner(journal) == "op"
+    assert attention(journal) is not None
+    assert [record.id for record in journal.latest(10)] == ["op"]
+    assert refusal(journal) == "leased", "the step is still being executed: nobody else may begin it"
+    assert not put_back(journal, lease, dump)
+    assert journal.renew(lease) == ("held", False)
+    done(journal, lease)
+    assert take(journal, "boot").fence > lease.fence
+
+
+def test_a_record_that_a_sibling_put_back_is_completed(journal: Journal) -> None:
+    """The sibling began earlier and has not heard of this step; both go on, neither is run twice."""
+    admit(journal, "op", stages=GROUP)
+    left = take(journal, "left")
+    journal.push_undo(left, ENTRY)
+    left_dump = journal.dump("op")
+    right = take(journal, "right")
+    own = UndoEntry("remove", "h1", {"path": "/right"})
+    journal.push_undo(right, own)
+    right_dump = journal.dump("op")
+    journal.redis.flushall()
+
+    assert put_back(journal, left, left_dump)
+    assert journal.renew(right) == ("gone", False)
+    assert put_back(journal, right, right_dump)
+    assert journal.renew(right) == ("held", False)
+    assert journal.renew(left) == ("held", False)
+    assert journal.read("op").undo == (ENTRY, own)
+    assert [refusal(journal, "left"), refusal(journal, "right")] == ["leased", "leased"]
+    done(journal, left)
+    done(journal, right)
+
+
+def test_a_note_that_comes_after_the_loss_leaves_no_half_record(journal: Journal) -> None:
+    admit(journal, "op")
+    published = journal.read("op").steps["copy"]
+    journal.redis.flushall()
+    journal.mark_published("op", [published])
+    assert journal.find("op") is None
+
+
+# --- Redis is away ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own() -> Iterator[tuple[Redis, Journal]]:
+    """A Redis that this test may take down, and a journal on it."""
+    with lab_folder() as folder, Redis(folder / "redis") as server, settings(redis_url=server.url):
+        yield server, Journal(connect(server.url))
+
+
+def test_a_redis_that_is_down_is_told_within_two_seconds(own: tuple[Redis, Journal]) -> None:
+    server, journal = own
+    admit(journal, "op")
+    server.stop()
+    for call in (lambda: admit(journal, "other"), lambda: journal.find("op"), journal.now, journal.uptime):
+        begun = time.monotonic()
+        with pytest.raises(BrokerUnavailable, match=f"127.0.0.1:{server.port}"):
+            call()
+        assert time.monotonic() - begun < 2.5
+
+
+def test_patience_outlasts_a_restart_of_redis(own: tuple[Redis, Journal]) -> None:
+    server, journal = own
+    admit(journal, "op")
+    lease = take(journal)
+    server.kill9()
+    with ThreadPoolExecutor(1) as pool:
+        committed = pool.submit(lambda: patiently(journal.commit, lease, "done", look_in=1, result="kept"))
+        wait_until(lambda: not committed.done(), 1, "the commit waits")
+        server.start()
+        assert committed.result(timeout=15) == "ok"
+    assert journal.read("op").steps["copy"].result == "kept"
+
+
+def test_a_full_redis_counts_as_away(own: tuple[Redis, Journal]) -> None:
+    """It refuses writes: what is to be kept must be kept later, not given up."""
+    _, journal = own
+    admit(journal, "op")
+    lease = take(journal)
+    journal.redis.config_set("maxmemory", "1")
+    with pytest.raises(BrokerUnavailable):
+        journal.commit(lease, "done", look_in=1, result=None)
+    journal.redis.config_set("maxmemory", "0")
+    done(journal, lease)
+
+
+def test_records_of_ended_operations_read_as_written(journal: Journal) -> None:
+    admit(journal, "op")
+    copy = take(journal)
+    journal.push_undo(copy, ENTRY)
+    failed(journal, copy)
+    done(journal, take(journal, "undo:0", phase="undo"))
+    end(journal, "op", State.FAILED)
+    record: Record = journal.read("op")
+    shown = record.as_dict()
+    assert shown["state"] == "failed"
+    assert shown["undo"][0]["state"] == "done"
+    assert shown["steps"][0]["error"] == {"code": "permanent"}
