@@ -89,6 +89,12 @@ class Stalled(Retryable):
     code = "stalled"
 
 
+class HandedOver(Retryable):
+    """The worker is being stopped: the step left off where it can be continued. It does not count as an attempt."""
+
+    code = "handed_over"
+
+
 class OutOfMemory(Retryable):
     """The host had no memory to start the guest with."""
 
@@ -244,6 +250,13 @@ class FencedOff(Permanent):
     """A newer owner works on this instance or step: this one must not change anything more."""
 
     code = "fenced_off"
+
+
+class WorkerLost(Permanent):
+    """The worker died in this step each time it was tried."""
+
+    code = "worker_lost"
+    default_hint = "Look into the worker's log and the host's (out of memory?) before asking for it again."
 
 
 class HypervisorError(Permanent):

@@ -14,6 +14,7 @@ from worker.engine.connection import translated
 from worker.engine.decide import Clock, Decision, End, Look, Publish, TurnBack, Undo, decide
 from worker.engine.journal import Journal, journal
 from worker.engine.kinds import kind_of
+from worker.engine.mirror import Mirror
 from worker.engine.record import Record, State, StepRecord, StepState
 from worker.errors import BrokerUnavailable, Cancelled
 from worker.settings import get_settings
@@ -105,6 +106,7 @@ def _end(book: Journal, record: Record, state: State) -> None:
     if first:
         log.info("ended", operation=record.id, kind=record.kind, instance=record.instance, state=state.value)
     _tell(book, record.id)
+    Mirror().drop(record.id)
     if heir:
         advance(heir, prompt=True)
 

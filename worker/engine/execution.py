@@ -15,12 +15,15 @@ from worker.engine.lease import LeaseKeeper
 from worker.engine.patience import patiently
 from worker.engine.record import UNDO_STEP, State
 from worker.engine.step_context import StepContext
-from worker.errors import BrokerUnavailable, Cancelled, FencedOff, FleetError, InternalError
+from worker.errors import BrokerUnavailable, Cancelled, FencedOff, FleetError, HandedOver, InternalError, WorkerLost
 
 if TYPE_CHECKING:
     from worker.engine.step import Step
 
 log = structlog.get_logger(__name__)
+
+MOST_LOST = 5
+"""Attempts beyond a step's own that may end in silence, the worker having died, before the step fails."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,15 @@ def execute(made: Step[Any], task: Any, operation_id: str, key: str) -> Any:
 
 def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
     log.info("begins", instance=ctx.instance, attempt=ctx.lease.attempt, fence=ctx.fence)
+    lost = ctx.lease.attempt - made.retries.attempts
+    if lost > MOST_LOST:
+        return Ending("failed", error=WorkerLost(f"the worker died {lost} times or more in this step"))
     try:
         result = made.run(ctx)
         ctx.flush()
         return Ending("done", result)
+    except HandedOver as error:
+        return Ending("retry", error=error)
     except FleetError as error:
         worth_it = error.retryable or isinstance(error, BrokerUnavailable)  # the work is sound, only Redis was away
         may_retry = worth_it and ctx.lease.attempt < made.retries.attempts
@@ -70,6 +78,8 @@ def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeepe
     lease, error = ctx.lease, ending.error
     fields = {"result": ending.result} if error is None else {"error": _told(error, made, ctx)}
     pause = made.retries.pause(lease.attempt) if ending.outcome == "retry" else ctx.settings.publish_grace
+    if isinstance(error, HandedOver):
+        pause, fields = 0.0, {**fields, "attempt": lease.attempt - 1}
     verdict = _verdict(ctx, book, error) if error and ending.outcome == "failed" else None
 
     def commit() -> str:
@@ -79,6 +89,8 @@ def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeepe
     if answer == "gone":
         patiently(keeper.restore)
         answer = commit()
+    if answer == "ok":
+        keeper.refresh()
     return answer == "ok"
 
 

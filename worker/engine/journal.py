@@ -21,7 +21,7 @@ from worker.settings import get_settings
 Answer = Literal["yours", "done", "leased", "early", "cancel", "ended", "gone"]
 Phase = Literal["run", "undo"]
 Outcome = Literal["done", "retry", "failed"]
-Kept = Literal["held", "stop", "lost", "gone"]
+Kept = Literal["held", "stop", "leave", "lost", "gone"]
 Committed = Literal["ok", "refused", "gone"]
 
 _OPERATION_PREFIX = keys.operation("")
@@ -49,6 +49,7 @@ class Lease:
     token: str
     fence: int
     attempt: int
+    worker: str
 
 
 class Journal:
@@ -194,16 +195,33 @@ class Journal:
         )
         if answer[0] != "yours":
             return answer[0], None
-        return "yours", Lease(operation_id, step, token, int(answer[1]), int(answer[2]))
+        return "yours", Lease(operation_id, step, token, int(answer[1]), int(answer[2]), worker)
 
     def renew(self, lease: Lease) -> tuple[Kept, bool]:
         """Keep a lease; also says whether a cancel was asked for."""
         kept, cancel = self._run(
             "renew",
-            [keys.operation(lease.operation), keys.lease(lease.operation, lease.step)],
+            [
+                keys.operation(lease.operation),
+                keys.lease(lease.operation, lease.step),
+                keys.stopping(lease.worker),
+            ],
             *(lease.step, lease.token, lease.fence, _ttl_ms()),
         )
         return kept, bool(cancel)
+
+    def leave_from(self, worker: str, seconds: float | None) -> None:
+        """Have the steps of a worker hand over in so many seconds; None: its steps may stay."""
+        with translated():
+            if seconds is None:
+                self.redis.delete(keys.stopping(worker))
+            else:
+                self.redis.set(keys.stopping(worker), f"{self.now() + seconds:.0f}", ex=int(seconds) + 3600)
+
+    def count(self, name: str) -> None:
+        """Count a deed for the metrics."""
+        with translated():
+            self.redis.hincrby(keys.COUNTERS, name, 1)
 
     def commit(
         self, lease: Lease, outcome: Outcome, *, look_in: float, verdict: State | None = None, **fields: Any
@@ -213,7 +231,12 @@ class Journal:
         pairs = [part for name, value in fields.items() for part in (name, json.dumps(value, default=str))]
         answer = self._run(
             "commit",
-            [keys.operation(lease.operation), keys.lease(lease.operation, lease.step), keys.ATTENTION],
+            [
+                keys.operation(lease.operation),
+                keys.lease(lease.operation, lease.step),
+                keys.ATTENTION,
+                keys.COUNTERS,
+            ],
             *(lease.operation, lease.step, lease.token, lease.fence, outcome, look_in, verdict or "", *pairs),
         )
         return cast("Committed", answer)

@@ -79,6 +79,12 @@ def gone(instance: str) -> str:
     return f"{PREFIX}:gone:{instance}"
 
 
+def stopping(worker: str) -> str:
+    """STRING, expires: from when on the steps of a worker that was told to stop must hand over. Written by the worker,
+    deleted as it starts, read with each renewal of a lease."""
+    return f"{PREFIX}:stopping:{worker}"
+
+
 def alive(host: str, kind: str) -> str:
     """STRING, expires after three heartbeats: JSON of the worker (`control` or `disk`) that serves the host."""
     return f"{PREFIX}:alive:{host}:{kind}"

@@ -9,8 +9,9 @@ from types import TracebackType
 import structlog
 
 from worker.engine.journal import Journal, Lease
+from worker.engine.mirror import Copy, Mirror
 from worker.engine.patience import patiently
-from worker.errors import BrokerUnavailable, Cancelled, FencedOff, FleetError
+from worker.errors import BrokerUnavailable, Cancelled, FencedOff, FleetError, HandedOver
 from worker.settings import get_settings
 
 log = structlog.get_logger(__name__)
@@ -30,11 +31,13 @@ class LeaseKeeper:
         self.journal = journal
         self.lease = lease
         self._dump = patiently(journal.dump, lease.operation)
+        self._mirror = Mirror()
         self._stop: FleetError | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"lease {lease.step}", daemon=True)
 
     def __enter__(self) -> LeaseKeeper:
+        self._copy()
         self._thread.start()
         return self
 
@@ -55,13 +58,28 @@ class LeaseKeeper:
         fields, undo = self._dump
         if entry not in undo:
             self._dump = fields, [*undo, entry]
+            self._copy()
+
+    def refresh(self) -> None:
+        """Bring the host's copy up to date with how the step ended."""
+        fields, undo = patiently(self.journal.dump, self.lease.operation)
+        if fields:
+            self._dump = fields, undo
+            self._mirror.keep(Copy(self.lease.operation, fields, undo))
+
+    def _copy(self) -> None:
+        fields, undo = self._dump
+        if fields:
+            self._mirror.keep(Copy(self.lease.operation, {**fields, **self._own()}, undo))
+
+    def _own(self) -> dict[str, str]:
+        field = f"step:{self.lease.step}:"
+        return {f"{field}state": "running", f"{field}fence": str(self.lease.fence)}
 
     def restore(self) -> None:
         """Give Redis back the record that it has lost, and go on."""
         fields, undo = self._dump
-        field = f"step:{self.lease.step}:"
-        own = {f"{field}state": "running", f"{field}fence": str(self.lease.fence)}
-        if self.journal.restore(self.lease, {**fields, **own}, undo):
+        if self.journal.restore(self.lease, {**fields, **self._own()}, undo):
             log.warning("Redis had lost this operation: restored from memory", operation=self.lease.operation)
 
     def _keep(self) -> None:
@@ -87,5 +105,7 @@ class LeaseKeeper:
                 f"another worker has taken over step {self.lease.step!r}; this one stops where it is",
                 fence=self.lease.fence,
             )
+        elif kept == "leave":
+            self._stop = HandedOver("the worker is being stopped; the step goes on once it, or another, is up")
         elif kept == "stop" or (cancel and not self.lease.step.startswith("undo:")):
             self._stop = Cancelled(f"operation {self.lease.operation} was asked to stop")

@@ -7,6 +7,7 @@ a host that lost its power comes back with a Redis that kept its file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -64,8 +65,9 @@ class Mirror:
             log.warning("cannot keep a copy of the record", operation=copy.operation, error=str(error))
 
     def drop(self, operation_id: str) -> None:
-        """Forget an operation that has ended."""
-        self._path(operation_id).unlink(missing_ok=True)
+        """Forget an operation that has ended. A client that ends one has no copies, or may not touch the host's."""
+        with contextlib.suppress(OSError):
+            self._path(operation_id).unlink(missing_ok=True)
 
     def copies(self) -> Iterator[Copy]:
         """All copies; one that cannot be read is passed over."""

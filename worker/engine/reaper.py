@@ -16,6 +16,7 @@ import structlog
 from worker.engine import keys
 from worker.engine.advance import advance
 from worker.engine.connection import Redis, shared, translated
+from worker.engine.decide import End, Publish, TurnBack, Undo
 from worker.engine.journal import Journal
 from worker.errors import BrokerUnavailable
 from worker.settings import get_settings
@@ -78,6 +79,8 @@ class Reaper(threading.Thread):
                 log.exception("cannot advance an operation", operation=operation_id)
                 self._book.look_in(operation_id, 30)
             else:
+                if isinstance(decision, Publish | Undo | TurnBack | End):
+                    self._book.count(f"reaper:{type(decision).__name__.lower()}")
                 log.debug("looked at", operation=operation_id, decision=repr(decision))
         return len(due)
 

@@ -14,6 +14,7 @@ from celery.exceptions import SecurityWarning
 from celery.signals import worker_ready, worker_shutting_down
 
 from worker.app import SHARED_QUEUE, app, host_queue
+from worker.engine.journal import journal
 from worker.engine.metrics import serve_metrics
 from worker.engine.mirror import MirrorWatch
 from worker.engine.reaper import Reaper
@@ -78,14 +79,33 @@ def run_worker(kind: WorkerKind, hosts: Sequence[str], *, introduce: Callable[[s
             serve_metrics()
 
     def stopping(**_: Any) -> None:
-        for companion in beside:
-            companion.stop()
+        # In a thread: this runs within a signal handler, wherever the main thread happens to be.
+        threading.Thread(target=_step_back, args=[name, beside], name="stopping").start()
+
+    _stay(name)
 
     # libvirtd and the guests' disks are root's; messages are JSON only, so the danger it warns of is not there.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     worker_ready.connect(ready, weak=False)
     worker_shutting_down.connect(stopping, weak=False)
     app.worker_main(_arguments(kind, hosts, name, loglevel))
+
+
+def _stay(name: str) -> None:
+    try:
+        journal().leave_from(name, None)
+    except BrokerUnavailable as error:
+        log.warning("starting without Redis", error=str(error))
+
+
+def _step_back(name: str, beside: Sequence[Heartbeat | Reaper | MirrorWatch]) -> None:
+    """Let running steps end, or hand over once the grace is over; Celery waits for them."""
+    for companion in beside:
+        companion.stop()
+    try:
+        journal().leave_from(name, get_settings().stop_grace)
+    except BrokerUnavailable as error:
+        log.warning("running steps cannot hand over: Redis is away", error=str(error))
 
 
 def _arguments(kind: WorkerKind, hosts: Sequence[str], name: str, loglevel: str) -> list[str]:

@@ -1,5 +1,5 @@
 -- Put down how a step ended, unless a newer executor has taken over. Repeating it is harmless.
--- KEYS: 1 operation, 2 lease, 3 ATTENTION
+-- KEYS: 1 operation, 2 lease, 3 ATTENTION, 4 COUNTERS
 -- ARGV: 1 id, 2 step, 3 token, 4 fence, 5 outcome (done | retry | failed), 6 seconds until the reaper looks,
 --       7 verdict ('' or the state the operation ends in once it is undone), 8.. field, value of the step
 -- Returns 'ok' | 'refused' | 'gone'
@@ -17,6 +17,7 @@ if step == ARGV[5] then return 'ok' end -- the first answer was lost on its way
 if step ~= 'running' or ended[state] then return 'refused' end
 
 redis.call('HSET', KEYS[1], field .. 'state', ARGV[5])
+redis.call('HINCRBY', KEYS[4], 'step:' .. string.match(ARGV[2], '^[^.:]+') .. ':' .. ARGV[5], 1)
 for i = 8, #ARGV, 2 do redis.call('HSET', KEYS[1], field .. ARGV[i], ARGV[i + 1]) end
 if ARGV[5] == 'retry' then
   redis.call('HSET', KEYS[1], field .. 'due', string.format('%.6f', now + tonumber(ARGV[6])))

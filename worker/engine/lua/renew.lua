@@ -1,6 +1,6 @@
 -- Keep a lease. A lease that expired while nobody took the step over (Redis was away) is taken back.
--- KEYS: 1 operation, 2 lease   ARGV: 1 step, 2 token, 3 fence, 4 time to live in ms
--- Returns {'held' | 'stop' | 'lost' | 'gone', '1' when a cancel was asked for}
+-- KEYS: 1 operation, 2 lease, 3 stopping   ARGV: 1 step, 2 token, 3 fence, 4 time to live in ms
+-- Returns {'held' | 'stop' | 'leave' | 'lost' | 'gone', '1' when a cancel was asked for}
 local ended = { succeeded = 1, failed = 1, cancelled = 1, rejected = 1, stuck = 1 }
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return { 'gone', '' } end
@@ -16,4 +16,6 @@ if holder and holder ~= ARGV[2] then return { 'lost', cancel } end
 redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[4])
 -- A sibling in the same group failed: what this step does will be undone anyway.
 if state == 'undoing' and string.sub(ARGV[1], 1, 5) ~= 'undo:' then return { 'stop', cancel } end
+local leave_at = tonumber(redis.call('GET', KEYS[3]) or 'inf')
+if tonumber(redis.call('TIME')[1]) >= leave_at then return { 'leave', cancel } end
 return { 'held', cancel }
