@@ -10,14 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
 from worker.app import app, host_queue
 from worker.engine.connection import shared
 from worker.engine.intervention import cancel, retry_undo
 from worker.engine.journal import Journal
 from worker.engine.operation import submit
-from worker.engine.record import Record
+from worker.engine.record import Record, State
 from worker.engine.registry import Registry
 from worker.engine.requests import Request
+from worker.engine.stalled import why_stalled
 from worker.errors import HostUnreachable
 
 FIRST_POLL, SLOWEST_POLL = 0.02, 0.2
@@ -39,6 +42,7 @@ class Fleet:
     """
 
     def __init__(self) -> None:
+        _log_through_logging()
         self.journal = Journal(shared())
         self.registry = Registry(shared())
 
@@ -56,6 +60,16 @@ class Fleet:
     def retry_undo(self, operation_id: str) -> Record:
         """Try again to undo an operation that is stuck. Raises `OperationNotFound`, `InvalidState`, `InstanceBusy`."""
         return retry_undo(operation_id)
+
+    def stalled(self, limit: int) -> list[tuple[Record, str]]:
+        """Operations that do not move, with the reason."""
+        records = {record.id: record for record in self.journal.latest(limit, unfinished=True)}
+        records |= {record.id: record for record in self.journal.latest(limit) if record.state is State.STUCK}
+        reasons = [(record, why_stalled(record, self._leases(record))) for record in records.values()]
+        return [(record, why) for record, why in reasons if why]
+
+    def _leases(self, record: Record) -> dict[str, float]:
+        return self.journal.leases(record, [*record.steps.values(), *record.undo_steps])
 
     def watch(self, operation_id: str) -> Iterator[Sight]:
         """The operation again and again until it has ended. Raises `OperationNotFound`."""
@@ -89,3 +103,13 @@ class Fleet:
         result = app.send_task("virtfleet.sync_host", args=[host], queue=host_queue(host, "control"))
         found: dict[str, Any] = result.get(timeout=timeout)
         return found
+
+
+def _log_through_logging() -> None:
+    """Leave logs to the program that uses this client: unconfigured, structlog prints them to standard output."""
+    if not structlog.is_configured():
+        structlog.configure(
+            processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],
+            wrapper_class=structlog.stdlib.BoundLogger,
+            logger_factory=structlog.stdlib.LoggerFactory(),
+        )

@@ -13,23 +13,37 @@ from worker.cli.options import AsJson
 from worker.client import Fleet
 from worker.engine.record import Record, StepState
 
+COLUMNS = ["id", "kind", "instance", "host", "state", "step", "submitted (UTC)", "took"]
 OperationId = Annotated[str, typer.Argument(metavar="ID", help="Id of an operation.")]
 
 
 def operations(
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many, newest first.")] = 20,
     unfinished: Annotated[bool, typer.Option("--unfinished", help="Only those that have not ended.")] = False,
+    stalled: Annotated[bool, typer.Option("--stalled", help="Only those that do not move, with the reason.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List operations, newest first."""
     with output.errors_told(as_json=as_json):
-        records = Fleet().journal.latest(limit, unfinished=unfinished)
+        fleet = Fleet()
+        if stalled:
+            _list_stalled(fleet, limit, as_json=as_json)
+            return
+        records = fleet.journal.latest(limit, unfinished=unfinished)
         if as_json:
             output.print_json({"operations": [record.as_dict() for record in records]})
             return
         rows = [_row(record) for record in records]
-        columns = ["id", "kind", "instance", "host", "state", "step", "submitted (UTC)", "took"]
-        output.table("", columns, rows, empty="No operations yet.")
+        output.table("", COLUMNS, rows, empty="No operations yet.")
+
+
+def _list_stalled(fleet: Fleet, limit: int, *, as_json: bool) -> None:
+    found = fleet.stalled(limit)
+    if as_json:
+        output.print_json({"operations": [{**record.as_dict(), "why": why} for record, why in found]})
+        return
+    rows = [[*_row(record), escape(why)] for record, why in found]
+    output.table("", [*COLUMNS, "why"], rows, empty="Every operation moves.")
 
 
 def operation(

@@ -1,0 +1,34 @@
+"""Why an operation does not move: for people who look after the fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from worker.engine.record import Record, State, StepRecord, StepState
+
+OFTEN = 2
+"""Publications of a step after which "nobody has taken it" is worth telling."""
+
+
+def why_stalled(record: Record, leases: Mapping[str, float]) -> str:
+    """What holds an operation up; empty when it moves or waits its turn. `leases`: seconds by step, if leased."""
+    if record.state is State.STUCK:
+        undo = zip(record.undo, record.undo_steps, strict=True)
+        left = [f"{entry.action} on {entry.host}" for entry, step in undo if step.state is not StepState.DONE]
+        return f"undo failed; remains: {', '.join(left)} (try again: virtfleet operation retry-undo {record.id})"
+    if record.state.final:
+        return ""
+    reasons = [_why(step, leases) for step in (*record.steps.values(), *record.undo_steps)]
+    return "; ".join(reason for reason in reasons if reason)
+
+
+def _why(step: StepRecord, leases: Mapping[str, float]) -> str:
+    where = f"{step.key} on {step.plan.host}"
+    if step.state is StepState.RETRY and step.error:
+        attempts = f"attempt {step.attempt} of {step.error.get('attempts', '?')}"
+        return f"{where}: {attempts} failed: {step.error['message']}"
+    if step.state is StepState.RUNNING and step.key not in leases:
+        return f"{where}: its worker {step.worker} fell silent"
+    if step.publications >= OFTEN and step.state is not StepState.DONE:
+        return f"{where}: published {step.publications} times, and no worker has taken it"
+    return ""
