@@ -1,0 +1,58 @@
+"""What benchmarks share: interleaved samples, and one line per result with its target."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians of the fleet and of its yardstick, and what their relation should not exceed. Milliseconds."""
+
+    name: str
+    ours: float
+    yardstick: float
+    target: float
+    unit: str = "ratio"
+
+    @property
+    def figure(self) -> float:
+        """The number that is compared with the target."""
+        return self.ours / self.yardstick if self.unit == "ratio" else self.ours - self.yardstick
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is met."""
+        return self.figure <= self.target
+
+    def __str__(self) -> str:
+        sign = "met" if self.met else "MISSED"
+        unit = "×" if self.unit == "ratio" else f" {self.unit}"
+        figures = f"{self.ours:.1f} ms against {self.yardstick:.1f} ms: {self.figure:.2f}{unit}"
+        return f"{self.name}: {figures} (target ≤ {self.target:g}{unit}: {sign})"
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """How long a call takes."""
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1000
+
+
+def interleaved(rounds: int, *calls: Callable[[int], float]) -> list[float]:
+    """Medians of each call's answers, the calls taking turns so that a noisy moment meets them all."""
+    samples: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds):
+        for call, taken in zip(calls, samples, strict=True):
+            taken.append(call(number))
+    return [statistics.median(taken) for taken in samples]
+
+
+def report(results: Sequence[Result]) -> int:
+    """Print results; the exit code: 1 when a target was missed."""
+    for result in results:
+        print(result)
+    return 0 if all(result.met for result in results) else 1
