@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import shlex
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,10 +32,19 @@ def guest_image() -> Path:
 
 def _run(*arguments: str) -> str:
     command = [str(BUILD), *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=BUILD_SECONDS)
-    if done.returncode != 0:
-        raise LabError(f"{BUILD} {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
-    return done.stdout
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as build:
+        try:
+            output, _ = build.communicate(timeout=BUILD_SECONDS)
+        except BaseException:
+            # To all that it runs, or it would first wait for that; then it removes its temporary files.
+            os.killpg(build.pid, signal.SIGTERM)
+            build.wait(10)
+            raise
+    if build.returncode != 0:
+        raise LabError(f"{shlex.join(command)} failed:\n{output}")
+    return output
 
 
 @contextmanager

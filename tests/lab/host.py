@@ -176,6 +176,7 @@ class LabHost:
         for folder in (self.folder, self.data, self.images, *(self.folder / name for name in PRIVATE_FOLDERS)):
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o755)  # whatever the umask: QEMU runs as another user
+        (self.folder / "run" / "lock").mkdir()  # /var/lock leads there, and virsh console needs it
         if not self._as_root:
             (self.folder / "run").chmod(0o700)  # XDG Base Directory Specification
 

@@ -135,6 +135,8 @@ class Keeper:
         """SIGKILL everything the keeper started, and their descendants, and wait until they are gone."""
         with suppress(BrokenPipeError):
             self._requests.close()
+        # Its output ends with it, also for a process forked from its parent, which cannot wait for it.
+        select.select([self._answers], [], [], 30)
         self._answers.close()
         try:
             self._popen.wait(30)
