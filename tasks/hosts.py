@@ -23,32 +23,28 @@ log = structlog.get_logger(__name__)
 def sync_host(host: str) -> dict[str, Any]:
     """Make the registry's entries of a host equal to what is really there; what was found."""
     local = LocalHost(host, get_settings())
+    since = time.time()
     with local.libvirt() as connection:
         present = survey.instances(local, connection)
-        registry().replace(host, present)
+        registry().replace(host, present, since)
         return {"host": host, "instances": [instance.model_dump(mode="json") for instance in present]}
 
 
 def join(host: str) -> None:
-    """Enter a host into the registry, then add what takes longer to find out."""
-    settings = get_settings()
-    record = HostRecord(
-        name=host,
-        libvirt_uri=settings.uri_of(host),
-        data_dir=str(settings.data_dir),
-        seen_at=time.time(),
-    )
-    patiently(registry().put_host, record)
+    """Enter a host into the registry, and what a look at it finds: versions, accelerator, instances."""
+    settings, fleet, since = get_settings(), registry(), time.time()
+    record = HostRecord(name=host, libvirt_uri=settings.uri_of(host), data_dir=str(settings.data_dir), seen_at=since)
+    if not patiently(fleet.knows, host):
+        patiently(fleet.put_host, record)  # the look may take a while (the first probe of KVM, a sick libvirtd)
     local = LocalHost(host, settings)
     try:
         with local.libvirt() as connection:
-            record = record.model_copy(update=survey.versions(connection))
-            patiently(registry().put_host, record)
-            patiently(registry().replace, host, survey.instances(local, connection))
-            record = record.model_copy(update=survey.acceleration(local, connection))
-            patiently(registry().put_host, record)
+            patiently(fleet.replace, host, survey.instances(local, connection), since)
+            found = survey.versions(connection) | survey.acceleration(local, connection)
+            record = record.model_copy(update=found)
     except FleetError as error:
-        log.warning("cannot survey the host; its operations are tried all the same", host=host, error=str(error))
+        log.warning("cannot look at the host; its operations are tried all the same", host=host, error=str(error))
+    patiently(fleet.put_host, record)
 
 
 def sweep(host: str) -> None:

@@ -58,6 +58,7 @@ class Settings(BaseSettings):
     )
     stall_timeout: Seconds = Field(120.0, description="A transfer that moves no bytes this long is ended, in seconds.")
     heartbeat_interval: Seconds = Field(5.0, description="How often a worker says that it is alive, in seconds.")
+    survey_interval: Seconds = Field(60.0, description="How often a host's instances are looked through, in seconds.")
     keep_records: Seconds = Field(
         7 * 86400.0, description="How long the record of an ended operation is kept, in seconds."
     )

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from worker.cli import output
 from worker.cli.follow import follow
 from worker.client import Fleet
+from worker.engine.record import Record, StepState
 from worker.engine.requests import Request
 from worker.models import explain
 
@@ -26,10 +27,21 @@ def submit(kind: type[Asked], *, no_wait: bool, as_json: bool, **fields: Any) ->
             raise explain(error) from error
         fleet = Fleet()
         record = fleet.submit(request)
+        _warn_of_absent_worker(fleet, record)
         if no_wait:
             _accepted(record.as_dict(), as_json=as_json)
             raise typer.Exit(output.OK)
         raise typer.Exit(follow(fleet, record.id, as_json=as_json))
+
+
+def _warn_of_absent_worker(fleet: Fleet, record: Record) -> None:
+    waiting = next((step for step in record.steps.values() if step.state is StepState.PENDING), None)
+    if record.state.final or waiting is None or waiting.plan.queue in fleet.registry.alive(waiting.plan.host):
+        return
+    output.complaints.print(
+        f"[yellow]No {waiting.plan.queue} worker serves host {waiting.plan.host} right now[/]: the operation is "
+        "accepted and waits for one."
+    )
 
 
 def _accepted(record: dict[str, Any], *, as_json: bool) -> None:

@@ -386,6 +386,34 @@ class Journal:
             reports = cast("dict[str, str]", self.redis.hgetall(keys.progress(operation_id)))
         return {step: json.loads(report) for step, report in reports.items()}
 
+    # --- what was left behind ------------------------------------------------------------------------------------
+
+    def states(self) -> dict[str, State]:
+        """Where every operation is, by id: those that are listed, and those that the reaper looks at."""
+        with translated():
+            listed = cast("list[str]", self.redis.zrange(keys.OPERATIONS, 0, -1))
+            attended = cast("list[str]", self.redis.zrange(keys.ATTENTION, 0, -1))
+            ids = list(dict.fromkeys([*listed, *attended]))
+            pipe = self.redis.pipeline(transaction=False)
+            for operation_id in ids:
+                pipe.hget(keys.operation(operation_id), "state")
+            found = cast("list[str | None]", pipe.execute())
+        return {one: State(state) for one, state in zip(ids, found, strict=True) if state}
+
+    def release(self, instance: str) -> str:
+        """Free an instance whose owner has ended or is gone; the id of the operation that has it then, or ""."""
+        script_keys = [keys.claim(instance), keys.waiting(instance), keys.ATTENTION]
+        return str(self._run("release", script_keys, _OPERATION_PREFIX))
+
+    def drop_lease(self, operation_id: str, step: str) -> bool:
+        """Remove the lease of a step that nobody executes; False when it is executed."""
+        script_keys = [keys.operation(operation_id), keys.lease(operation_id, step)]
+        return bool(self._run("drop_lease", script_keys, step))
+
+    def attend(self, operation_id: str) -> None:
+        """Have the reaper look now at an operation that has not ended."""
+        self._run("attend", [keys.operation(operation_id), keys.ATTENTION], operation_id)
+
 
 def _ttl_ms() -> int:
     return int(get_settings().lease_ttl * 1000)

@@ -136,14 +136,20 @@ class Registry:
         every = [Instance.model_validate_json(found[name]) for name in sorted(found)]
         return [instance for instance in every if host in (None, instance.host)]
 
-    def replace(self, host: str, present: list[Instance]) -> None:
-        """Make the entries of one host equal to what was found there."""
+    def replace(self, host: str, present: list[Instance], since: float) -> None:
+        """Make the entries of one host equal to what was found there by a look that began at `since`.
+
+        What steps on the host entered after that is newer than the look, and stays. (Both read the host's clock.)
+        """
+        known = {instance.name: instance for instance in self.instances()}
+        newer = {name for name, instance in known.items() if instance.host == host and instance.updated_at >= since}
         names = {instance.name for instance in present}
-        for instance in self.instances(host):
-            if instance.name not in names:
-                self.forget(instance.name, instance.uuid)
+        for name, instance in known.items():
+            if instance.host == host and name not in names | newer:
+                self.forget(name, instance.uuid)
         for instance in present:
-            self.put(instance)
+            if instance.name not in newer:
+                self.put(instance)
 
 
 def registry() -> Registry:

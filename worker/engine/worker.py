@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -33,7 +34,7 @@ class Heartbeat(threading.Thread):
         self.hosts = hosts
         self.kind = kind
         self._introduce = introduce
-        self._introduced: set[str] = set()
+        self._introduced: dict[str, float] = {}
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -50,9 +51,10 @@ class Heartbeat(threading.Thread):
 
     def _beat(self, host: str, since: float) -> None:
         registry().heartbeat(host, self.kind, {"pid": os.getpid(), "since": since})
-        forgotten = self.kind == "control" and not registry().knows(host)
-        if forgotten or host not in self._introduced:
-            self._introduced.add(host)
+        age = time.monotonic() - self._introduced.get(host, -math.inf)
+        again = self.kind == "control" and (age > get_settings().survey_interval or not registry().knows(host))
+        if again or host not in self._introduced:
+            self._introduced[host] = time.monotonic()
             threading.Thread(target=self._introduce, args=[host], name=f"introduce {host}", daemon=True).start()
 
     def stop(self) -> None:

@@ -1,0 +1,163 @@
+"""What was left behind in Redis: claims, leases and operations that nobody sees to; and who is not over yet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import cast
+
+from worker.engine import keys
+from worker.engine.advance import see_to
+from worker.engine.connection import Redis, translated
+from worker.engine.journal import Journal
+from worker.engine.mirror import Copy, Mirror
+from worker.engine.record import Record, State, StepRecord, StepState
+from worker.engine.registry import Registry
+from worker.findings import Severity, Suspect, suspect
+
+PATIENCE = 3
+"""A message sent this often and never taken has nobody to take it."""
+
+
+def owners(book: Journal) -> frozenset[str]:
+    """Ids of the operations that are not over, with the uuids and names of their instances.
+
+    Those too that Redis has lost and this host remembers: they are put back within seconds.
+    """
+    unfinished = [book.find(one) for one, state in book.states().items() if not state.final]
+    names = {word for record in unfinished if record for word in (record.id, record.uuid, record.instance)}
+    lost = [copy for copy in Mirror().copies() if book.state(copy.operation) is None]
+    return frozenset(names.union(*map(_names, lost)) - {""})
+
+
+def owners_by_host() -> frozenset[str]:
+    """The same as far as this host knows by itself, while Redis is away."""
+    return frozenset(set[str]().union(*map(_names, Mirror().copies())) - {""})
+
+
+def _names(copy: Copy) -> set[str]:
+    head = json.loads(copy.fields["head"])
+    return {copy.operation, head["uuid"], head["instance"]}
+
+
+def claims(book: Journal) -> Iterator[Suspect]:
+    """Instances that are claimed by nobody who lives, or waited for in vain."""
+    for instance in sorted({*_scan(book.redis, keys.claim("")), *_scan(book.redis, keys.waiting(""))}):
+        with translated():
+            owner = cast("str | None", book.redis.get(keys.claim(instance)))
+            queue = cast("list[str]", book.redis.lrange(keys.waiting(instance), 0, -1))
+        state = book.state(owner) if owner else None
+        if (state and not state.final) or not (owner or queue):
+            continue  # owned, or free since it was scanned
+        held = f"by operation {owner}, which {f'has ended ({state})' if state else 'does not exist'}" if owner else ""
+        waits = f"; {len(queue)} operations wait for it" if queue else ""
+        yield suspect(
+            Severity.WARNING,
+            "stale_claim",
+            f"instance {instance!r} is claimed {held}{waits}" if owner else f"instance {instance!r} is free{waits}",
+            where=keys.claim(instance),
+            remedy="virtfleet doctor --fix frees it; who waits for it has it next.",
+            repair=partial(_release, book, instance),
+        )
+
+
+def _release(book: Journal, instance: str) -> None:
+    heir = book.release(instance)
+    if heir:
+        see_to(heir)
+
+
+def leases(book: Journal) -> Iterator[Suspect]:
+    """Leases of steps that nobody executes."""
+    for name in sorted(_scan(book.redis, keys.lease("", "").removesuffix(":"))):
+        operation_id, _, step = name.partition(":")
+        record = book.find(operation_id)
+        running = {one.key for one in _steps(record) if one.state is StepState.RUNNING} if record else set()
+        if record and step in running and not record.state.final:
+            continue
+        over = f"which has ended ({record.state})" if record and record.state.final else "which does not run it"
+        yield suspect(
+            Severity.WARNING,
+            "stale_lease",
+            f"a lease on step {step!r} of operation {operation_id}, {over if record else 'which does not exist'}",
+            where=keys.lease(operation_id, step),
+            remedy="virtfleet doctor --fix removes it; it also expires by itself, if nobody renews it.",
+            repair=partial(_drop_lease, book, operation_id, step),
+        )
+
+
+def _drop_lease(book: Journal, operation_id: str, step: str) -> None:
+    book.drop_lease(operation_id, step)
+
+
+def operations(book: Journal, fleet: Registry) -> Iterator[Suspect]:
+    """Operations that do not move, or that could not be undone."""
+    for operation_id, state in book.states().items():
+        if state.final and state is not State.STUCK:
+            continue
+        record = book.find(operation_id)
+        if record and record.state is State.STUCK:
+            yield _stuck(record)
+        elif record and not record.state.final:
+            yield from _unattended(book, record)
+            yield from _untaken(fleet, record)
+
+
+def _stuck(record: Record) -> Suspect:
+    remaining = [
+        f"{entry.action} on {entry.host}"
+        for entry, step in zip(record.undo, record.undo_steps, strict=True)
+        if step.state is not StepState.DONE
+    ]
+    return suspect(
+        Severity.ERROR,
+        "stuck_operation",
+        f"{record.kind} of {record.instance!r} could not be undone; what remains: {', '.join(remaining) or 'nothing'}",
+        where=record.id,
+        remedy=f"See what stood in the way: virtfleet operation {record.id}; then try again:"
+        f" virtfleet operation retry-undo {record.id}",
+    )
+
+
+def _unattended(book: Journal, record: Record) -> Iterator[Suspect]:
+    with translated():
+        attended = book.redis.zscore(keys.ATTENTION, record.id)
+    now = book.state(record.id)
+    if attended is None and now and not now.final:
+        yield suspect(
+            Severity.ERROR,
+            "unattended_operation",
+            f"{record.kind} of {record.instance!r} is {record.state}, and the reaper does not know of it",
+            where=record.id,
+            remedy="virtfleet doctor --fix has the reaper look at it.",
+            repair=partial(book.attend, record.id),
+        )
+
+
+def _untaken(fleet: Registry, record: Record) -> Iterator[Suspect]:
+    for step in _steps(record):
+        if step.state is StepState.RETRY and step.error:
+            what = f"step {step.key} of {record.kind} of {record.instance!r} is tried again: {step.error['message']}"
+            remedy = str(step.error.get("hint", ""))
+            yield suspect(Severity.INFO, "retried_operation", what, where=record.id, remedy=remedy)
+        elif step.state is StepState.PENDING and step.publications >= PATIENCE:
+            host, queue = step.plan.host, step.plan.queue
+            serves = queue in fleet.alive(host)
+            remedy = f"Start it there: virtfleet worker {queue} --host {host}"
+            if serves:
+                remedy = f"Its worker is alive but busy: look what it does (virtfleet operations), or into {queue}@{host}'s log."
+            what = f"step {step.key} of {record.kind} of {record.instance!r} was sent {step.publications} times to"
+            what += f" {queue}@{host}, which does not take it"
+            yield suspect(Severity.WARNING, "stalled_operation", what, where=record.id, remedy=remedy)
+
+
+def _steps(record: Record) -> Iterable[StepRecord]:
+    return (*record.steps.values(), *record.undo_steps)
+
+
+def _scan(redis: Redis, prefix: str) -> Iterator[str]:
+    """What follows the prefix in each key that has it."""
+    with translated():
+        for key in redis.scan_iter(match=f"{prefix}*", count=1000):
+            yield str(key).removeprefix(prefix)
