@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +50,24 @@ def execute(made: Step[Any], task: Any, operation_id: str, key: str) -> Any:
             return _decline(book, answer, operation_id, key)
         with LeaseKeeper(book, lease) as keeper:
             ctx = StepContext(patiently(book.read, operation_id), lease, keeper, book, task)
-            ending = _attempt(made, ctx)
+            with _logged(ctx):
+                ending = _attempt(made, ctx)
             committed = _commit(made, ctx, book, keeper, ending)
         return _go_on(task, ctx, ending, committed=committed)
 
 
+@contextmanager
+def _logged(ctx: StepContext) -> Iterator[None]:
+    """Say in the host's log from when to when this process works: whatever Redis says, that shows who did what."""
+    facts = {"instance": ctx.instance, "attempt": ctx.lease.attempt, "fence": ctx.fence, "pid": os.getpid()}
+    log.info("begins", **facts, at=time.monotonic())
+    try:
+        yield
+    finally:
+        log.info("ends", **facts, at=time.monotonic())
+
+
 def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
-    log.info("begins", instance=ctx.instance, attempt=ctx.lease.attempt, fence=ctx.fence)
     lost = ctx.lease.attempt - made.retries.attempts
     if lost > MOST_LOST:
         return Ending("failed", error=WorkerLost(f"the worker died {lost} times or more in this step"))
