@@ -24,7 +24,12 @@ from worker.settings import get_settings
 log = structlog.get_logger(__name__)
 
 BATCH = 50
-"""Operations per tick: bounds how long one tick can take, so the leader renews its lease in time."""
+BUDGET = 0.02
+"""A tick looks at so many operations, for so many seconds, at the most: the leader renews its lease in time, and the
+worker's other threads get their turn."""
+
+BREATH = 0.05
+"""Seconds between two ticks while more operations are due than one tick could look at."""
 
 LEADER_TTL = 10.0
 TRIM_EVERY = 60.0
@@ -51,9 +56,10 @@ class Reaper(threading.Thread):
 
     def run(self) -> None:
         """Tick, and survive whatever a tick meets."""
-        while not self._ended.wait(get_settings().reaper_interval):
+        more = False
+        while not self._ended.wait(BREATH if more else get_settings().reaper_interval):
             try:
-                self.tick()
+                more = self.tick()
             except BrokerUnavailable as error:
                 log.warning("the reaper waits for Redis", error=str(error))
             except Exception:
@@ -63,13 +69,16 @@ class Reaper(threading.Thread):
         """End after the running tick."""
         self._ended.set()
 
-    def tick(self) -> int:
-        """Look at the operations that are due, as the leader; how many there were."""
+    def tick(self) -> bool:
+        """Look at operations that are due, as the leader; whether some are left to look at."""
         if not self._leads():
-            return 0
+            return False
         self._trim()
+        enough = time.monotonic() + BUDGET
         due = self._book.due(BATCH)
-        for operation_id in due:
+        for looked_at, operation_id in enumerate(due):
+            if looked_at and time.monotonic() > enough:
+                return True
             try:
                 decision = advance(operation_id)
             except BrokerUnavailable:
@@ -82,7 +91,7 @@ class Reaper(threading.Thread):
                 if isinstance(decision, Publish | Undo | TurnBack | End):
                     self._book.count(f"reaper:{type(decision).__name__.lower()}")
                 log.debug("looked at", operation=operation_id, decision=repr(decision))
-        return len(due)
+        return len(due) == BATCH
 
     def _trim(self) -> None:
         if time.monotonic() - self._trimmed_at > TRIM_EVERY:
