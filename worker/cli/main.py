@@ -6,7 +6,7 @@ import typer
 from pydantic import ValidationError
 
 from worker import logs
-from worker.cli import inventory, operations, output, power, services, spawn
+from worker.cli import doctor, inventory, operations, output, power, services, spawn
 from worker.models import explain
 
 EPILOG = (
@@ -30,6 +30,7 @@ app.command("cancel")(operations.cancel)
 app.command("instances")(inventory.instances)
 app.add_typer(inventory.hosts_app, name="hosts")
 app.add_typer(services.workers, name="worker")
+app.command("doctor")(doctor.doctor)
 app.command("flower")(services.flower)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import cast
 
 from redis.exceptions import ResponseError
 
@@ -112,7 +113,7 @@ def _settings(redis: Redis) -> Iterator[Suspect]:
     )
 
 
-def _persistence(appends: bool, fsync: str) -> Suspect:  # noqa: FBT001 - as Redis says it
+def _persistence(appends: bool, fsync: str) -> Suspect:
     where = "appendonly, appendfsync"
     if appends and fsync == "always":
         return suspect(Severity.OK, "redis_persistence", "Redis keeps what it has acknowledged", where=where)
@@ -143,7 +144,7 @@ def _configure(settings: str) -> str:
 def _reaper(book: Journal) -> Iterator[Suspect]:
     remedy = "It runs in every control worker; start one: virtfleet worker control"
     with translated():
-        leader = book.redis.get(keys.REAPER)
+        leader = cast("str | None", book.redis.get(keys.REAPER))
         overdue = book.redis.zcount(keys.ATTENTION, "-inf", book.now() - OVERDUE)
     if leader is None:
         what = "no reaper runs: what stands still is not set going again"

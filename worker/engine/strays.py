@@ -143,10 +143,9 @@ def _untaken(fleet: Registry, record: Record) -> Iterator[Suspect]:
             yield suspect(Severity.INFO, "retried_operation", what, where=record.id, remedy=remedy)
         elif step.state is StepState.PENDING and step.publications >= PATIENCE:
             host, queue = step.plan.host, step.plan.queue
-            serves = queue in fleet.alive(host)
-            remedy = f"Start it there: virtfleet worker {queue} --host {host}"
-            if serves:
-                remedy = f"Its worker is alive but busy: look what it does (virtfleet operations), or into {queue}@{host}'s log."
+            remedy = f"Start the worker there: virtfleet worker {queue} --host {host}"
+            if queue in fleet.alive(host):
+                remedy = f"The worker is alive, so it is busy: virtfleet operations, or the log of {queue}@{host}"
             what = f"step {step.key} of {record.kind} of {record.instance!r} was sent {step.publications} times to"
             what += f" {queue}@{host}, which does not take it"
             yield suspect(Severity.WARNING, "stalled_operation", what, where=record.id, remedy=remedy)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 from uuid import UUID
 
 from worker.models import DiskFormat
@@ -113,16 +113,19 @@ class DataDir:
 
     def sweep_tmp(self, live_operations: Collection[str]) -> list[Path]:
         """Remove the temporary files of operations that are not live, and downloads nobody continued for a day."""
-        live = {quote(operation, safe="") for operation in live_operations}
-        owned = [path for path in self.tmp.iterdir() if path.is_file()]
-        swept = [path for path in owned if path.name.partition("@")[0] not in live | {_DOWNLOAD}]
-        # Written under a name of the moment by write_text_durably: only a crash leaves one.
-        ownerless = [path for path in owned if path not in swept and path.name.startswith(f"{_DOWNLOAD}@")]
-        ownerless += [*self.images.glob(".*.tmp"), *self.sources.glob(".*.tmp")]
-        swept += [path for path in ownerless if _age(path) > _KEEP_OWNERLESS]
+        swept = [path for path, operation in self.leftovers() if operation not in live_operations]
         for path in swept:
             path.unlink(missing_ok=True)
         return swept
+
+    def leftovers(self) -> list[tuple[Path, str]]:
+        """Temporary files, each with the id of its operation; without one ("") those nobody touched for a day."""
+        owned = [path for path in self.tmp.iterdir() if path.is_file()]
+        ownerless = [path for path in owned if path.name.startswith(f"{_DOWNLOAD}@")]
+        found = [(path, unquote(path.name.partition("@")[0])) for path in owned if path not in ownerless]
+        # Written under a name of the moment by write_text_durably: only a crash leaves one.
+        ownerless += [*self.images.glob(".*.tmp"), *self.sources.glob(".*.tmp")]
+        return found + [(path, "") for path in ownerless if _age(path) > _KEEP_OWNERLESS]
 
 
 def _age(path: Path) -> float:

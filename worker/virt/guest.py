@@ -17,6 +17,7 @@ from worker.errors import (
     InstanceNotFound,
     InvalidState,
     Permanent,
+    UnsupportedByHost,
 )
 from worker.models import Owner, PowerState
 from worker.virt.domain_xml import NAMESPACE, PREFIX, owner_xml, parse, parse_owner
@@ -34,6 +35,13 @@ _POWER = {
     libvirt.VIR_DOMAIN_PMSUSPENDED: PowerState.PAUSED,
     libvirt.VIR_DOMAIN_SHUTOFF: PowerState.OFF,
     libvirt.VIR_DOMAIN_CRASHED: PowerState.CRASHED,
+}
+
+_JOBS = {
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL: "pull",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: "copy",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: "commit",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "commit",
 }
 
 _INACTIVE = (PowerState.OFF, PowerState.SAVED, PowerState.MISSING)
@@ -124,6 +132,12 @@ class Guest:
             for target, source in found
             if target is not None and source is not None
         }
+
+    def files(self) -> set[Path]:
+        """Every file that its disks use, with their backing files and mirrors, now or when it starts next."""
+        trees = [parse(self.xml()), parse(self.xml(inactive=True))]
+        sources = [source for tree in trees for source in tree.iterfind("./devices/disk//source[@file]")]
+        return {Path(str(source.get("file"))) for source in sources}
 
     # --- whose it is --------------------------------------------------------------------------------------
 
@@ -219,6 +233,45 @@ class Guest:
         except Permanent:
             if self.power() not in goal:
                 raise
+
+    # --- jobs and checkpoints -----------------------------------------------------------------------------
+
+    def block_jobs(self) -> dict[str, str]:
+        """Target (vda, ...) and kind (copy, commit, pull) of each job that moves blocks; no backups."""
+        if not self.is_active():
+            return {}
+        with self._trying_to("read the block jobs of"):
+            jobs = {target: self._domain.blockJobInfo(target) for target in self.disk_paths()}
+        return {target: _JOBS[job["type"]] for target, job in jobs.items() if job and job["type"] in _JOBS}
+
+    def abort_block_job(self, target: str) -> None:
+        """End a block job without pivoting: the guest stays on the files it is on. None there is success."""
+        if target in self.block_jobs():
+            with self._trying_to(f"abort the block job on {target} of"):
+                self._domain.blockJobAbort(target)
+
+    def has_backup(self) -> bool:
+        """Whether a backup job runs."""
+        if not self.is_active():
+            return False
+        with self._trying_to("read the job of"):
+            job = self._domain.jobStats()
+        running = job.get("type", libvirt.VIR_DOMAIN_JOB_NONE) != libvirt.VIR_DOMAIN_JOB_NONE
+        return bool(running and job.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP)
+
+    def abort_backup(self) -> None:
+        """End a backup job, which removes what it has written; none there is success."""
+        if self.has_backup():
+            with self._trying_to("abort the backup of"):
+                self._domain.abortJob()
+
+    def checkpoints(self) -> list[str]:
+        """Names of its checkpoints; none where libvirt does not know such."""
+        try:
+            with self._trying_to("list the checkpoints of"):
+                return sorted(str(checkpoint.getName()) for checkpoint in self._domain.listAllCheckpoints())
+        except UnsupportedByHost:
+            return []
 
     # --- definition ---------------------------------------------------------------------------------------
 

@@ -102,6 +102,17 @@ class Host:
             max_vcpus=int(vcpu.get("max", 1)) if vcpu is not None else 1,
         )
 
+    def qemu_user(self) -> tuple[int, int] | None:
+        """User and group id that guests run as; None where they run as libvirtd's own (qemu:///session)."""
+        with self._trying_to("read the capabilities"):
+            tree = parse(self._connection.getCapabilities())
+        # virQEMUCapsInit writes "+uid:+gid" of qemu.conf there, once for each kind of guest.
+        label = tree.findtext("./host/secmodel[model='dac']/baselabel")
+        if label is None:
+            return None
+        uid, gid = (int(part) for part in label.split(":"))
+        return uid, gid
+
     # --- networks -----------------------------------------------------------------------------------------
 
     def check_network(self, network: str) -> None:

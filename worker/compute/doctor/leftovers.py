@@ -1,0 +1,158 @@
+"""Files that nobody owns: of operations that are over, and of instances that no domain uses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from uuid import UUID
+
+from worker.findings import Severity, Suspect, suspect
+from worker.images.files import human_size, locked, remove_tree
+from worker.images.layout import DataDir, InstanceDir
+from worker.virt.kvm_probe import PREFIX as PROBE
+
+PROBE_SECONDS = 60.0
+"""A boot disk of a probe that is older than this has been left by one that died."""
+
+REMOVED_WITH_ITS_FOLDER = {".lock"}
+
+
+def temporary(data: DataDir) -> Iterator[Suspect]:
+    """Temporary files, each its operation's until that is over."""
+    if not data.tmp.is_dir():
+        return
+    for path, operation in data.leftovers():
+        if path.name.startswith(PROBE) and _age(path) < PROBE_SECONDS:
+            continue
+        owner = f"operation {operation!r}, which is not running" if operation else "a download that nobody continues"
+        yield suspect(
+            Severity.WARNING,
+            "temporary_file",
+            f"a temporary file of {owner} ({human_size(_size(path))})",
+            where=path,
+            remedy="virtfleet doctor --fix removes it.",
+            owners=[operation],
+            repair=partial(remove_tree, path, data.root),
+        )
+
+
+def folders(data: DataDir) -> list[Path]:
+    """What lies in the folder of instances."""
+    return sorted(data.instances.iterdir()) if data.instances.is_dir() else []
+
+
+def without_domain(there: Iterable[Path], uuids: set[str]) -> Iterator[Suspect]:
+    """Folders of instances that have no domain. Their disks may be the last copy: nothing here removes one."""
+    for path in there:
+        if path.name not in uuids and path.exists():
+            yield _without_domain(path)
+
+
+def _without_domain(path: Path) -> Suspect:
+    if not (path.is_dir() and _is_uuid(path.name)):
+        what = "no folder of an instance: nothing of the fleet made or uses it"
+        remedy = "Move it out of here, or remove it by hand."
+        return suspect(Severity.WARNING, "stray_file", what, where=path, remedy=remedy)
+    held = sorted(one for one in path.iterdir() if one.name not in REMOVED_WITH_ITS_FOLDER)
+    if not held:
+        return suspect(
+            Severity.WARNING,
+            "empty_folder",
+            "the empty folder of an instance that has no domain",
+            where=path,
+            remedy="virtfleet doctor --fix removes it.",
+            owners=[path.name],
+            repair=partial(_remove_empty, path),
+        )
+    listed = ", ".join(f"{one.name} ({human_size(_size(one))})" for one in held)
+    return suspect(
+        Severity.WARNING,
+        "files_without_domain",
+        f"no domain uses these files, which may be the last copy of a guest: {listed}",
+        where=path,
+        remedy=_rescue(path, held),
+        owners=[path.name],
+    )
+
+
+def _rescue(path: Path, held: list[Path]) -> str:
+    drop = f"If nobody needs them, remove them by hand: rm -r {path}"
+    root = next((one for one in held if one.stem == "root"), None)
+    if root is None:
+        return drop
+    form = root.suffix.removeprefix(".")
+    keep = f"qemu-img convert -f {form} -O qcow2 {root} COPY.qcow2, and spawn from the copy"
+    return f"To have the guest back: {keep}. {drop}"
+
+
+def _remove_empty(path: Path) -> None:
+    try:
+        with locked(InstanceDir(path).lock, operation="doctor"):
+            if not [one for one in path.iterdir() if one.name not in REMOVED_WITH_ITS_FOLDER]:
+                remove_tree(path, path.parent)
+    except FileNotFoundError:
+        return
+
+
+def unknown_in(folder: InstanceDir, used: set[Path], owners: list[object]) -> Iterator[Suspect]:
+    """Files in the folder of an instance that its domain does not use."""
+    if not folder.path.is_dir():
+        return
+    for path in sorted(folder.path.iterdir()):
+        if path in used or _is_known(folder, path):
+            continue
+        if path.name.startswith(".") and path.suffix == ".tmp":
+            yield suspect(
+                Severity.WARNING,
+                "temporary_file",
+                f"an unfinished file in an instance's folder ({human_size(_size(path))})",
+                where=path,
+                remedy="virtfleet doctor --fix removes it.",
+                owners=owners,
+                repair=partial(_remove_locked, folder, path),
+            )
+        else:
+            yield suspect(
+                Severity.WARNING,
+                "stray_file",
+                f"a file in an instance's folder that its domain does not use ({human_size(_size(path))})",
+                where=path,
+                remedy="Look what it is; move it out of here, or remove it by hand.",
+                owners=owners,
+            )
+
+
+def _is_known(folder: InstanceDir, path: Path) -> bool:
+    # virtlogd keeps full logs as console.log.0, .1, ...
+    log = path.name.startswith(f"{folder.console_log.name}.") or path == folder.console_log
+    return log or path in {folder.lock, folder.spec, folder.seed}
+
+
+def _remove_locked(folder: InstanceDir, path: Path) -> None:
+    with locked(folder.lock, operation="doctor"):
+        path.unlink(missing_ok=True)
+
+
+def _is_uuid(name: str) -> bool:
+    try:
+        return str(UUID(name)) == name
+    except ValueError:
+        return False
+
+
+def _size(path: Path) -> int:
+    try:
+        if path.is_dir():
+            return sum(_size(one) for one in path.iterdir())
+        return path.lstat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
