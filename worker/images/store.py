@@ -99,6 +99,8 @@ class ImageCache:
             while True:
                 try:
                     stack.enter_context(locked(lock, operation=operation, wait=_WAIT_ROUND, watch=watch))
+                    # While it is held: whoever waits for it notices that it has no name any more, and begins anew.
+                    stack.callback(lock.unlink, missing_ok=True)
                     break
                 except InstanceLocked as busy:
                     if (now_arrived := self._arrived(source)) != arrived:
