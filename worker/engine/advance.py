@@ -105,8 +105,8 @@ def _end(book: Journal, record: Record, state: State) -> None:
     first, heir = book.conclude(record, state)
     if first:
         log.info("ended", operation=record.id, kind=record.kind, instance=record.instance, state=state.value)
-    _tell(book, record.id)
     Mirror().drop(record.id)
+    _tell(book, record.id)
     if heir:
         advance(heir, prompt=True)
 
