@@ -94,7 +94,8 @@ class Fleet:
     def _process(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Process:
         if not self._keeper:
             raise LabError("the fleet is not up")
-        environment = {**self.env, **(env or {})}
+        # A prefork pool that is killed leaves its temporary folder behind.
+        environment = {**self.env, **(env or {}), "TMPDIR": str(self.folder)}
         return Process(self._keeper, [*COMMAND, *arguments], self.folder / f"{name}.log", environment)
 
     def _ready(self) -> bool:
