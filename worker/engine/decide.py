@@ -81,7 +81,7 @@ def _running(record: Record, leases: Mapping[str, float], clock: Clock, *, promp
     if stage is None:
         return End(State.SUCCEEDED)
     left = _left(record, stage)
-    if record.cancel and not any(step.key in leases for step in left) and clock.leases_count:
+    if record.cancel and not any(_is_in_hands(step, leases, clock) for step in record.steps.values()):
         return TurnBack()
     waits = {step.key: _wait(step, record, leases, clock, prompt=prompt) for step in left}
     ready = tuple(key for key, wait in waits.items() if wait <= 0)
@@ -102,6 +102,11 @@ def _undoing(record: Record, leases: Mapping[str, float], clock: Clock, *, promp
         return End(record.verdict or State.FAILED)
     wait = _wait(left[0], record, leases, clock, prompt=prompt)
     return Undo(left) if wait <= 0 else Look(wait)
+
+
+def _is_in_hands(step: StepRecord, leases: Mapping[str, float], clock: Clock) -> bool:
+    """Whether somebody executes the step, or may do so for all that is known."""
+    return step.key in leases or (step.state is StepState.RUNNING and not clock.leases_count)
 
 
 def _wait(step: StepRecord, record: Record, leases: Mapping[str, float], clock: Clock, *, prompt: bool) -> float:
