@@ -45,7 +45,7 @@ def _lines(fleet: Fleet, operation_id: str) -> Record:
     """For logs and pipes: each change of a step once."""
     seen: dict[str, tuple[StepState, int]] = {}
     for sight in fleet.watch(operation_id):
-        for step in (*sight.record.steps.values(), *sight.record.undo_steps):
+        for step in (*sight.record.steps.values(), *reversed(sight.record.undo_steps)):
             if step.state is not StepState.PENDING and seen.get(step.key) != (step.state, step.attempt):
                 seen[step.key] = (step.state, step.attempt)
                 output.console.print(f"{SIGNS[step.state]} {_label(sight.record, step)}  {_details(step, {})}")
@@ -67,7 +67,7 @@ class Bars:
 
     def show(self, sight: Sight) -> None:
         """Make the bars equal to what is seen."""
-        for step in (*sight.record.steps.values(), *sight.record.undo_steps):
+        for step in (*sight.record.steps.values(), *reversed(sight.record.undo_steps)):
             undoing = step in sight.record.undo_steps
             if undoing and sight.record.verdict is None and step.state is StepState.PENDING:
                 continue  # what could be undone is of interest only once something is
