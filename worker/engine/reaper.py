@@ -31,7 +31,10 @@ worker's other threads get their turn."""
 BREATH = 0.05
 """Seconds between two ticks while more operations are due than one tick could look at."""
 
-LEADER_TTL = 10.0
+LEADER_SHARE = 1 / 3
+"""Of the lease's time to live: a step whose worker died together with the leader is not taken over later for that.
+That two lead for a moment does no harm: what is published twice runs once."""
+
 TRIM_EVERY = 60.0
 
 _LEAD = """
@@ -99,5 +102,6 @@ class Reaper(threading.Thread):
             self._book.trim()
 
     def _leads(self) -> bool:
+        ttl = int(get_settings().lease_ttl * LEADER_SHARE * 1000)
         with translated():
-            return bool(cast("int", self._lead(keys=[keys.REAPER], args=[self.worker, int(LEADER_TTL * 1000)])))
+            return bool(cast("int", self._lead(keys=[keys.REAPER], args=[self.worker, ttl])))
