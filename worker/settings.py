@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
 import socket
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 1024**3
@@ -16,12 +18,27 @@ RootDisk = Literal["overlay", "copy", "raw"]
 Seconds = Annotated[float, Field(gt=0)]
 
 
+def _checked_redis_url(value: str) -> str:
+    """One that both redis-py and Celery understand; either would fail with a traceback, each at its own moment."""
+    allowed = "allowed: redis://[:PASSWORD@]HOST[:PORT][/NUMBER], or rediss:// for TLS"
+    try:
+        url = urlsplit(value)
+        port = url.port
+    except ValueError as error:
+        raise ValueError(allowed) from error
+    if url.scheme not in {"redis", "rediss"} or not url.hostname or port == 0 or not re.fullmatch(r"/?\d*", url.path):
+        raise ValueError(allowed)
+    return value
+
+
 class Settings(BaseSettings):
     """All settings with their defaults; each field `x` is read from the variable `VIRTFLEET_X`."""
 
     model_config = SettingsConfigDict(env_prefix="VIRTFLEET_", frozen=True, extra="ignore")
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis: broker, journal and progress.")
+    redis_url: Annotated[str, AfterValidator(_checked_redis_url)] = Field(
+        "redis://127.0.0.1:6379/0", description="Redis: broker, journal and progress."
+    )
     host: str = Field(
         default_factory=lambda: socket.gethostname().split(".")[0],
         description="This host's name in the fleet.",

@@ -48,7 +48,8 @@ class Scheduler:
 # Starting Python and importing the command takes most of a second: it is done once, and each command is a fork of it.
 _COMMANDS = """
 import json, os, sys, traceback
-from worker.cli import main
+import worker.cli.main
+from worker.cli.start import main
 
 for line in sys.stdin:
     arguments, outputs = json.loads(line)

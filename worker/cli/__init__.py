@@ -1,5 +1,5 @@
 """The `virtfleet` command: one module per group of subcommands."""
 
-from worker.cli.main import main
+from worker.cli.start import main
 
 __all__ = ["main"]

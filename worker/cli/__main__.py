@@ -1,5 +1,5 @@
 """`python -m worker.cli` is `virtfleet`."""
 
-from worker.cli.main import main
+from worker.cli.start import main
 
 main()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import typer
-from pydantic import ValidationError
 
-from worker import logs
-from worker.cli import doctor, inventory, operations, output, power, services, spawn
-from worker.models import explain
+from worker.cli import doctor, inventory, operations, power, services, spawn
 
 EPILOG = (
     "Exit codes: 0 succeeded, 1 the operation failed, 2 bad usage or input, 3 cancelled, 4 broker or host unreachable."
@@ -32,15 +29,3 @@ app.add_typer(inventory.hosts_app, name="hosts")
 app.add_typer(services.workers, name="worker")
 app.command("doctor")(doctor.doctor)
 app.command("flower")(services.flower)
-
-
-def main() -> None:
-    """Run the command; a setting that cannot be is a user's mistake and no traceback."""
-    logs.configure("warning")
-    try:
-        app()
-    except ValidationError as error:
-        reason = explain(error)
-        message = "; ".join(f"VIRTFLEET_{part}" for part in reason.message.split("; "))
-        output.tell({**reason.as_dict(), "message": message}, as_json=False)
-        raise SystemExit(output.BAD_INPUT) from None

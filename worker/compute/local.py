@@ -9,7 +9,7 @@ from uuid import UUID
 
 from worker.context import Context
 from worker.errors import NotOurs
-from worker.images.files import locked
+from worker.images.files import locked, remove_tree
 from worker.images.layout import DataDir, InstanceDir
 from worker.models import Owner
 from worker.settings import Settings
@@ -59,7 +59,16 @@ class LocalInstance:
         self.local.data.create()
         folder = self.folder.create()
         with locked(folder.lock, operation=ctx.operation, wait=LOCK_WAIT, watch=ctx):
-            yield folder
+            try:
+                yield folder
+            finally:
+                self._leave_no_empty_folder()
+
+    def _leave_no_empty_folder(self) -> None:
+        """A directory with nothing but its lock was made by a look at what turned out not to be there."""
+        path = self.folder.path
+        if path.exists() and [entry.name for entry in path.iterdir()] == [self.folder.lock.name]:
+            remove_tree(path, self.local.data.instances)
 
     def owner(self, ctx: Context) -> Owner:
         """The mark that a step leaves in the domain's metadata when it changes something."""

@@ -83,10 +83,7 @@ def reboot(instance: LocalInstance, patience: Patience, ctx: Context) -> PowerCh
     with _guest(instance, ctx) as (guest, begun):
         before = guest.power()
         if before is PowerState.SAVED or (before is PowerState.OFF and not begun):
-            raise InvalidState(
-                f"{instance.name} is {before}, so there is nothing to reboot",
-                hint=f"Start it: virtfleet power on {instance.name}",
-            )
+            raise _not_on(instance, before, "reboot")
         ctx.undo("power_on", name=instance.name, uuid=instance.uuid)
         note = "off already"
         if before is not PowerState.OFF:
@@ -101,6 +98,8 @@ def pause(instance: LocalInstance, ctx: Context) -> PowerChange:
         before = guest.power()
         if before is PowerState.PAUSED:
             return PowerChange(before=before, after=before, note="already paused")
+        if before is not PowerState.RUNNING:
+            raise _not_on(instance, before, "pause")
         guest.pause()
         return PowerChange(before=before, after=guest.power(), note="paused")
 
@@ -111,8 +110,17 @@ def resume(instance: LocalInstance, ctx: Context) -> PowerChange:
         before = guest.power()
         if before is PowerState.RUNNING:
             return PowerChange(before=before, after=before, note="already running")
+        if before is not PowerState.PAUSED:
+            raise _not_on(instance, before, "resume")
         guest.resume()
         return PowerChange(before=before, after=guest.power(), note="resumed")
+
+
+def _not_on(instance: LocalInstance, before: PowerState, verb: str) -> InvalidState:
+    return InvalidState(
+        f"{instance.name} is {before}, so there is nothing to {verb}",
+        hint=f"Start it: virtfleet power on {instance.name}",
+    )
 
 
 def _take_down(guest: Guest, before: PowerState, patience: Patience, ctx: Context) -> str:

@@ -1,0 +1,170 @@
+"""Power: each verb does what it says, asking for what already is succeeds and says so, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import pytest
+
+from tests.fleet.conftest import Spawn
+from tests.fleet.parts import Commands, Record, Scheduler, domains, libvirt_of, virsh
+from tests.lab import LabHost, wait_until
+
+READY = "virtfleet-guest ready"
+
+
+def note(record: Record) -> str:
+    assert record["state"] == "succeeded", record["error"]
+    return str(record["result"]["note"])
+
+
+def state_of(host: LabHost, name: str) -> str:
+    return virsh(host, "domstate", name).strip()
+
+
+def boots(host: LabHost, record: Record) -> int:
+    """How often the guest has come up, by its console."""
+    log = host.data / "instances" / record["uuid"] / "console.log"
+    return log.read_text(errors="replace").count(READY)
+
+
+def test_a_guest_that_listens_is_shut_down_and_rebooted_in_order(
+    host: LabHost, scheduler: Scheduler, spawn: Spawn, real: Path
+) -> None:
+    record = spawn(image=str(real), memory_mib=128, wait_for="console", console_line=READY)
+    name = record["instance"]
+
+    assert "shut down by itself" in note(scheduler.call("reboot", instance=name))
+    assert state_of(host, name) == "running"
+    wait_until(lambda: boots(host, record) == 2, 60, "the guest boots a second time", host.folder)
+
+    assert "shut down by itself" in note(scheduler.call("power_off", instance=name))
+    assert state_of(host, name) == "shut off"
+    assert note(scheduler.call("power_off", instance=name)) == "already off"
+
+    assert note(scheduler.call("power_on", instance=name)) == "started"
+    wait_until(lambda: boots(host, record) == 3, 60, "the guest boots a third time", host.folder)
+
+
+def test_a_shutdown_that_comes_too_early_is_asked_again(
+    host: LabHost, scheduler: Scheduler, spawn: Spawn, real: Path
+) -> None:
+    """A guest that still boots ignores the button, and hears it when it is pressed once more."""
+    record = spawn(image=str(real), memory_mib=128)
+    off = scheduler.call("power_off", instance=record["instance"], timeout=60, retry_interval=1)
+    assert "shut down by itself" in note(off)
+    assert off["seconds"] > 1
+
+
+def test_a_guest_that_ignores_the_button_is_asked_again_then_forced(
+    host: LabHost, scheduler: Scheduler, spawn: Spawn
+) -> None:
+    name = spawn()["instance"]
+    off = scheduler.call("power_off", instance=name, timeout=2, retry_interval=0.5)
+    assert note(off) == "did not shut down within 2 s (asked 4 times): powered off by force"
+    assert 2 <= off["seconds"] < 4
+    assert state_of(host, name) == "shut off"
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "after"),
+    [("power_off", {"timeout": 0}, "shut off"), ("reboot", {"hard": True}, "running")],
+)
+def test_force_does_not_ask_nor_wait(
+    host: LabHost, scheduler: Scheduler, spawn: Spawn, verb: str, arguments: dict[str, Any], after: str
+) -> None:
+    name = spawn()["instance"]
+    pid = host.qemu_pid(name)
+    began = time.monotonic()
+    assert "powered off by force" in note(scheduler.call(verb, instance=name, **arguments))
+    assert time.monotonic() - began < 3
+    assert state_of(host, name) == after
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_what_already_is_succeeds_and_says_so(
+    host: LabHost, scheduler: Scheduler, command: Commands, spawn: Spawn
+) -> None:
+    name = spawn()["instance"]
+    said = []
+    for verb in ("power_on", "resume", "pause", "pause", "power_on", "resume", "resume"):
+        said.append(note(scheduler.call(verb, instance=name)))
+    assert said == [
+        "already running",
+        "already running",
+        "paused",
+        "already paused",
+        "already on, but paused: resume it to let it run",
+        "resumed",
+        "already running",
+    ]
+    for _ in range(2):
+        done = command("power", "off", name, "--timeout=0")
+        assert done.returncode == 0, done.stderr
+    assert "already off" in done.stdout
+    assert domains(host) == {name: False}
+
+
+def test_a_paused_guest_is_let_run_before_it_is_asked_to_shut_down(
+    host: LabHost, scheduler: Scheduler, spawn: Spawn, real: Path
+) -> None:
+    """Asleep it could neither hear the request nor save its data."""
+    record = spawn(image=str(real), memory_mib=128, wait_for="console", console_line=READY)
+    name = record["instance"]
+    assert note(scheduler.call("pause", instance=name)) == "paused"
+    assert "shut down by itself" in note(scheduler.call("power_off", instance=name))
+
+
+@pytest.mark.parametrize("verb", ["reboot", "pause", "resume"])
+def test_what_needs_a_running_guest_says_so_when_it_is_off(
+    host: LabHost, scheduler: Scheduler, spawn: Spawn, verb: str
+) -> None:
+    name = spawn()["instance"]
+    scheduler.call("power_off", instance=name, timeout=0)
+    record = scheduler.call(verb, instance=name)
+    assert (record["state"], record["error"]["code"]) == ("failed", "invalid_state")
+    assert name in record["error"]["message"]
+    assert record["error"]["hint"] == f"Start it: virtfleet power on {name}"
+    assert domains(host) == {name: False}
+
+
+def test_saved_memory_is_kept_and_gone_on_with(host: LabHost, scheduler: Scheduler, spawn: Spawn) -> None:
+    name = spawn()["instance"]
+    virsh(host, "managedsave", name)
+    assert note(scheduler.call("power_off", instance=name)) == "already off, its memory saved"
+    assert note(scheduler.call("power_on", instance=name)) == "resumed with its saved memory"
+    assert state_of(host, name) == "running"
+
+
+def test_a_guest_that_crashed_can_be_started_again(host: LabHost, scheduler: Scheduler, spawn: Spawn) -> None:
+    name = spawn()["instance"]
+    host.kill_guest(name)
+    wait_until(lambda: domains(host) == {name: False}, 10, "libvirt sees that the guest is gone")
+    assert note(scheduler.call("power_on", instance=name)) == "started"
+
+
+def test_each_deed_marks_the_domain_with_its_operation(host: LabHost, scheduler: Scheduler, spawn: Spawn) -> None:
+    name = spawn()["instance"]
+    fences = []
+    for verb in ("pause", "resume"):
+        record = scheduler.call(verb, instance=name)
+        with libvirt_of(host) as connection:
+            mark = connection.lookupByName(name).metadata(
+                libvirt.VIR_DOMAIN_METADATA_ELEMENT, "urn:virtfleet:instance:1", libvirt.VIR_DOMAIN_AFFECT_CONFIG
+            )
+        assert record["id"] in mark
+        fences.append(int(mark.partition('fence="')[2].partition('"')[0]))
+    assert fences == sorted(set(fences))
+
+
+@pytest.mark.parametrize("verb", ["power_on", "power_off", "reboot", "pause", "resume"])
+def test_an_unknown_instance_is_refused(scheduler: Scheduler, command: Commands, verb: str) -> None:
+    record = scheduler.call(verb, instance="nobody")
+    assert (record["state"], record["error"]["code"]) == ("rejected", "instance_not_found")
+    done = command("power", verb.removeprefix("power_"), "nobody")
+    assert done.returncode == 2
+    assert "nobody" in done.stderr
+    assert "virtfleet instances" in done.stderr
