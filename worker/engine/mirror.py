@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ log = structlog.get_logger(__name__)
 LOOK_EVERY = 2.0
 """Seconds between two looks. A record must be missing at two in a row: a worker that runs one of its steps puts it
 back sooner, together with its lease."""
+
+UNFINISHED = 5.0
+"""Seconds after which a copy that is still being written is taken for one that its writer has left."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,15 @@ class Mirror:
             unfinished.chmod(0o600)  # requests may hold secrets
             unfinished.rename(path)
         except OSError as error:
+            unfinished.unlink(missing_ok=True)
             log.warning("cannot keep a copy of the record", operation=copy.operation, error=str(error))
+
+    def sweep(self) -> None:
+        """Remove what workers that died had begun to write; who writes that slowly keeps no copy, and goes on."""
+        for path in self.folder.glob("*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > UNFINISHED:
+                    path.unlink()
 
     def drop(self, operation_id: str) -> None:
         """Forget an operation that has ended. A client that ends one has no copies, or may not touch the host's."""
@@ -108,6 +120,7 @@ class MirrorWatch(threading.Thread):
 
     def look(self) -> None:
         """Compare every copy with Redis once."""
+        self._mirror.sweep()
         missing = set()
         for copy in self._mirror.copies():
             state = self._book.state(copy.operation)

@@ -1,0 +1,39 @@
+"""A host's copies of records: whole, and nothing beside them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from worker.engine.mirror import UNFINISHED, Copy, Mirror
+
+COPY = Copy("op-1", {"state": "running"}, [])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_full_disk_costs_the_copy_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: str) -> int:  # a disk of one's own to fill needs root; the chaos suite has one
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    Mirror(tmp_path).keep(COPY)
+    assert names(tmp_path) == []
+
+
+def test_what_a_killed_worker_had_begun_is_swept(tmp_path: Path) -> None:
+    mirror = Mirror(tmp_path)
+    mirror.keep(COPY)
+    begun, abandoned = tmp_path / "op-2.1.1.tmp", tmp_path / "op-3.1.1.tmp"
+    begun.touch()
+    abandoned.touch()
+    long_ago = abandoned.stat().st_mtime - UNFINISHED - 1
+    os.utime(abandoned, (long_ago, long_ago))
+    mirror.sweep()
+    assert names(tmp_path) == ["op-1.json", begun.name]
