@@ -41,7 +41,7 @@ def examine_here(host: str, *, fix: bool) -> list[Finding]:
         away = Finding(
             code=error.code,
             severity=Severity.ERROR,
-            what=f"{error.message}; what operations own was judged by what this host remembers",
+            what=f"{error.message.rstrip('.')}: what operations own was judged by what this host remembers",
             host=host,
             remedy=error.hint,
         )
@@ -58,7 +58,7 @@ def examine_fleet(hosts: Sequence[str], *, fix: bool, timeout: float) -> list[Fi
     for host in hosts:
         fleet.require_host(host)
     asked = {host: _ask(host, fix=fix, timeout=timeout) for host in hosts if "control" in fleet.alive(host)}
-    findings = settle(checkup.look(book, fleet), frozenset, fix=fix)
+    findings = settle(checkup.look(book), frozenset, fix=fix)
     deadline = time.monotonic() + timeout
     for host in hosts:
         findings += settle(checkup.workers(fleet, host), frozenset, fix=False, host=host)

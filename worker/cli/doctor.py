@@ -37,13 +37,21 @@ def doctor(
             names = host or [get_settings().host]
             findings = [finding for name in names for finding in examine_here(name, fix=fix)]
         else:
-            names = host or [record.name for record in registry().hosts()]
-            findings = examine_fleet(names, fix=fix, timeout=timeout)
+            names, findings = _examine(host, fix=fix, timeout=timeout)
     if as_json:
         output.print_json({"findings": [finding.model_dump(mode="json") for finding in findings]})
     else:
         _show(findings, names, fix=fix)
     raise typer.Exit(_exit_code(findings))
+
+
+def _examine(hosts: list[str] | None, *, fix: bool, timeout: float) -> tuple[list[str], list[Finding]]:
+    try:
+        names = hosts or [record.name for record in registry().hosts()]
+        return names, examine_fleet(names, fix=fix, timeout=timeout)
+    except BrokerUnavailable as error:
+        hint = f"{error.hint} Examine this machine without it: virtfleet doctor --local"
+        raise BrokerUnavailable(error.message, hint=hint) from error
 
 
 def _exit_code(findings: list[Finding]) -> int:

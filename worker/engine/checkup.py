@@ -24,13 +24,13 @@ OVERDUE = 30.0
 PERSISTENT = "appendonly yes, appendfsync always"
 
 
-def look(book: Journal, fleet: Registry) -> Iterator[Suspect]:
+def look(book: Journal) -> Iterator[Suspect]:
     """All that there is to say of Redis and of what it holds."""
     yield from _settings(book.redis)
     yield from _reaper(book)
     yield from strays.claims(book)
     yield from strays.leases(book)
-    yield from strays.operations(book, fleet)
+    yield from strays.operations(book)
 
 
 def workers(fleet: Registry, host: str) -> Iterator[Suspect]:

@@ -13,11 +13,8 @@ from worker.engine.connection import Redis, translated
 from worker.engine.journal import Journal
 from worker.engine.mirror import Copy, Mirror
 from worker.engine.record import Record, State, StepRecord, StepState
-from worker.engine.registry import Registry
+from worker.engine.stalled import why_stalled
 from worker.findings import Severity, Suspect, suspect
-
-PATIENCE = 3
-"""A message sent this often and never taken has nobody to take it."""
 
 
 def owners(book: Journal) -> frozenset[str]:
@@ -46,16 +43,18 @@ def claims(book: Journal) -> Iterator[Suspect]:
     for instance in sorted({*_scan(book.redis, keys.claim("")), *_scan(book.redis, keys.waiting(""))}):
         with translated():
             owner = cast("str | None", book.redis.get(keys.claim(instance)))
-            queue = cast("list[str]", book.redis.lrange(keys.waiting(instance), 0, -1))
         state = book.state(owner) if owner else None
-        if (state and not state.final) or not (owner or queue):
+        with translated():
+            queue = cast("list[str]", book.redis.lrange(keys.waiting(instance), 0, -1))
+            changed = book.redis.get(keys.claim(instance)) != owner
+        if changed or (state and not state.final) or not (owner or queue):
             continue  # owned, or free since it was scanned
-        held = f"by operation {owner}, which {f'has ended ({state})' if state else 'does not exist'}" if owner else ""
-        waits = f"; {len(queue)} operations wait for it" if queue else ""
+        over = f"has ended ({state})" if state else "does not exist"
+        held = f"is claimed by operation {owner}, which {over}" if owner else "is free"
         yield suspect(
             Severity.WARNING,
             "stale_claim",
-            f"instance {instance!r} is claimed {held}{waits}" if owner else f"instance {instance!r} is free{waits}",
+            f"instance {instance!r} {held}" + (f"; {len(queue)} operations wait for it" if queue else ""),
             where=keys.claim(instance),
             remedy="virtfleet doctor --fix frees it; who waits for it has it next.",
             repair=partial(_release, book, instance),
@@ -74,13 +73,15 @@ def leases(book: Journal) -> Iterator[Suspect]:
         operation_id, _, step = name.partition(":")
         record = book.find(operation_id)
         running = {one.key for one in _steps(record) if one.state is StepState.RUNNING} if record else set()
-        if record and step in running and not record.state.final:
+        with translated():
+            still_there = book.redis.exists(keys.lease(operation_id, step))
+        if not still_there or (record and step in running and not record.state.final):
             continue
-        over = f"which has ended ({record.state})" if record and record.state.final else "which does not run it"
+        over = f"has ended ({record.state})" if record and record.state.final else "does not run it"
         yield suspect(
             Severity.WARNING,
             "stale_lease",
-            f"a lease on step {step!r} of operation {operation_id}, {over if record else 'which does not exist'}",
+            f"a lease on step {step!r} of operation {operation_id}, which {over if record else 'does not exist'}",
             where=keys.lease(operation_id, step),
             remedy="virtfleet doctor --fix removes it; it also expires by itself, if nobody renews it.",
             repair=partial(_drop_lease, book, operation_id, step),
@@ -91,33 +92,29 @@ def _drop_lease(book: Journal, operation_id: str, step: str) -> None:
     book.drop_lease(operation_id, step)
 
 
-def operations(book: Journal, fleet: Registry) -> Iterator[Suspect]:
+def operations(book: Journal) -> Iterator[Suspect]:
     """Operations that do not move, or that could not be undone."""
     for operation_id, state in book.states().items():
         if state.final and state is not State.STUCK:
             continue
         record = book.find(operation_id)
-        if record and record.state is State.STUCK:
-            yield _stuck(record)
-        elif record and not record.state.final:
+        if record:
+            yield from _stalled(book, record)
             yield from _unattended(book, record)
-            yield from _untaken(fleet, record)
 
 
-def _stuck(record: Record) -> Suspect:
-    remaining = [
-        f"{entry.action} on {entry.host}"
-        for entry, step in zip(record.undo, record.undo_steps, strict=True)
-        if step.state is not StepState.DONE
-    ]
-    return suspect(
-        Severity.ERROR,
-        "stuck_operation",
-        f"{record.kind} of {record.instance!r} could not be undone; what remains: {', '.join(remaining) or 'nothing'}",
-        where=record.id,
-        remedy=f"See what stood in the way: virtfleet operation {record.id}; then try again:"
-        f" virtfleet operation retry-undo {record.id}",
-    )
+def _stalled(book: Journal, record: Record) -> Iterator[Suspect]:
+    why = why_stalled(record, book.leases(record, _steps(record)))
+    if not why or book.find(record.id) != record:
+        return  # it moves, or moved while it was looked at
+    what = f"{record.kind} of {record.instance!r} is {record.state}: {why}"
+    see = f"See what stands in the way: virtfleet operation {record.id}"
+    if record.state is State.STUCK:
+        remedy = f"{see}; remove that, then try again: virtfleet operation retry-undo {record.id}"
+        yield suspect(Severity.ERROR, "stuck_operation", what, where=record.id, remedy=remedy)
+    else:
+        remedy = f"{see}; to end and undo it: virtfleet cancel {record.id}"
+        yield suspect(Severity.WARNING, "stalled_operation", what, where=record.id, remedy=remedy)
 
 
 def _unattended(book: Journal, record: Record) -> Iterator[Suspect]:
@@ -133,22 +130,6 @@ def _unattended(book: Journal, record: Record) -> Iterator[Suspect]:
             remedy="virtfleet doctor --fix has the reaper look at it.",
             repair=partial(book.attend, record.id),
         )
-
-
-def _untaken(fleet: Registry, record: Record) -> Iterator[Suspect]:
-    for step in _steps(record):
-        if step.state is StepState.RETRY and step.error:
-            what = f"step {step.key} of {record.kind} of {record.instance!r} is tried again: {step.error['message']}"
-            remedy = str(step.error.get("hint", ""))
-            yield suspect(Severity.INFO, "retried_operation", what, where=record.id, remedy=remedy)
-        elif step.state is StepState.PENDING and step.publications >= PATIENCE:
-            host, queue = step.plan.host, step.plan.queue
-            remedy = f"Start the worker there: virtfleet worker {queue} --host {host}"
-            if queue in fleet.alive(host):
-                remedy = f"The worker is alive, so it is busy: virtfleet operations, or the log of {queue}@{host}"
-            what = f"step {step.key} of {record.kind} of {record.instance!r} was sent {step.publications} times to"
-            what += f" {queue}@{host}, which does not take it"
-            yield suspect(Severity.WARNING, "stalled_operation", what, where=record.id, remedy=remedy)
 
 
 def _steps(record: Record) -> Iterable[StepRecord]:
