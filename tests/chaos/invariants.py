@@ -1,0 +1,219 @@
+"""What must hold after every round, whatever was done to the fleet."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.faults import Fault
+from tests.chaos.scenarios import Scenario
+from tests.chaos.site import HOST, PET, Site
+from tests.lab.process import running
+from worker.app import SHARED_QUEUE, host_queue
+from worker.engine import keys
+from worker.engine.record import Record, State
+from worker.models import PowerState
+
+SETTLE = 8.0
+"""Seconds after the end of an operation in which copies of its record and the like must have gone."""
+
+ACCEPTED = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED, State.REJECTED})
+
+
+@dataclass(frozen=True)
+class Played:
+    """A round when it is over: the operation as it ended, and where the workers' logs were when it began."""
+
+    scenario: Scenario
+    fault: Fault | None
+    instance: str
+    record: Record
+    logs: dict[Path, int]
+    cancelled: bool = False
+
+
+def violations(site: Site, played: Played) -> list[str]:
+    """Everything that does not hold; what may still be on its way gets a moment."""
+    found = [*_ending(played), *_executions(site, played)]
+    deadline = time.monotonic() + SETTLE
+    while unsettled := [*_guests(site, played), *_leftovers(site, played)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    return [*found, *unsettled, *_contents(site)]
+
+
+# --- the operation ----------------------------------------------------------------------------------------------------
+
+
+def _ending(played: Played) -> Iterator[str]:
+    state, fault = played.record.state, played.fault
+    if state not in ACCEPTED:
+        yield f"the operation ended {state}: {played.record.error}"
+    if played.cancelled or (fault and fault.name == "cancel"):
+        wanted = {State.CANCELLED, State.SUCCEEDED}  # a cancel may come too late
+    elif fault is None or (fault.harmless and not (fault.as_root and played.scenario.needs_space)):
+        wanted = {State.SUCCEEDED}
+    else:
+        wanted = {State.SUCCEEDED, State.FAILED}
+    if state in ACCEPTED - wanted:
+        yield f"the operation ended {state}: {played.record.error}"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One process' work on one attempt at one step, by the worker's own log. Monotonic seconds."""
+
+    step: str
+    pid: int
+    began: float
+    ended: float
+
+    def __str__(self) -> str:
+        return f"{self.step} in process {self.pid} from {self.began:.3f} to {self.ended:.3f}"
+
+
+def _executions(site: Site, played: Played) -> Iterator[str]:
+    """At most one executor at any time; and none that outlives the operation."""
+    works = sorted(_read_executions(site, played), key=lambda work: work.began)
+    for first, second in itertools.pairwise(works):
+        if second.began < first.ended:
+            yield f"two executors at once: {first}, and {second}"
+    if not works and played.record.state is State.SUCCEEDED:
+        yield "the operation succeeded, but no log tells of an executor"
+
+
+def _read_executions(site: Site, played: Played) -> Iterator[Execution]:
+    begun: dict[tuple[str, int], dict[str, Any]] = {}
+    for log, offset in played.logs.items():
+        for event in _events(log, offset, played.record.id):
+            key = event["step"], event["fence"]
+            if event["event"] == "begins":
+                begun[key] = event
+            else:
+                yield Execution(event["step"], event["pid"], begun.pop(key)["at"], event["at"])
+    for (step, _), event in begun.items():
+        pid = event["pid"]  # killed: it could work until it was gone
+        yield Execution(step, pid, event["at"], time.monotonic() if running(pid) else site.supervisor.deaths[pid])
+
+
+def _events(log: Path, offset: int, operation: str) -> Iterator[dict[str, Any]]:
+    with log.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if b'"begins"' in line or b'"ends"' in line:
+                event = json.loads(line)
+                if event.get("operation") == operation and event["event"] in ("begins", "ends"):
+                    yield event
+
+
+# --- the guests -------------------------------------------------------------------------------------------------------
+
+
+def _guests(site: Site, played: Played) -> Iterator[str]:
+    domains = site.domains()
+    power = domains.get(played.instance, PowerState.MISSING)
+    wanted = {played.scenario.after} if played.record.state is State.SUCCEEDED else set(played.scenario.undone)
+    if played.fault and PowerState.MISSING not in wanted:
+        wanted |= played.fault.may_leave
+    if power not in wanted:
+        allowed = " or ".join(sorted(wanted))
+        yield f"{played.instance} is {power}, not {allowed}; the operation {played.record.state}"
+    if unknown := set(domains) - {PET, played.instance}:
+        yield f"domains nobody knows: {sorted(unknown)}"
+    if PET not in domains:
+        yield "the guest that was there all the time is gone"
+    yield from (f"{name} is transient: its power-off would lose it" for name in site.transient())
+    yield from (f"a job runs on: {job}" for job in site.jobs())
+    yield from _processes(site, domains)
+
+
+def _processes(site: Site, domains: dict[str, PowerState]) -> Iterator[str]:
+    active = sorted(name for name, power in domains.items() if power is not PowerState.OFF)
+    emulators = sorted(filter(None, map(_guest_of, site.host.processes())))
+    if emulators != active:
+        yield f"QEMU runs for {emulators}, libvirt's active domains are {active}"
+
+
+def _guest_of(pid: int) -> str | None:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    named = [word for word in words if word.startswith("guest=")]
+    return named[0].removeprefix("guest=").partition(",")[0] if named else None
+
+
+# --- what must not be left --------------------------------------------------------------------------------------------
+
+
+def _leftovers(site: Site, played: Played) -> Iterator[str]:
+    yield from _files(site, played)
+    yield from _records(site, played)
+
+
+def _files(site: Site, played: Played) -> Iterator[str]:
+    data = site.host.data
+    known = {str(one.uuid) for one in site.client.registry.instances(HOST)}
+    folders = sorted(data.glob("instances/*"))
+    present = {folder.name for folder in folders}
+    if present != known:
+        yield f"folders of instances {sorted(present)}, the registry knows {sorted(known)}"
+    gone = site.power(played.instance) is PowerState.MISSING
+    if gone and played.record.uuid in present | known:
+        yield f"{played.instance} is gone, but not without a trace: folder or registry entry {played.record.uuid}"
+    left = [*data.glob("tmp/*"), *data.glob("operations/*"), *data.glob("instances/*/.*.tmp"), *data.glob("images/.*")]
+    yield from (f"left behind: {path}" for path in left)
+    yield from (f"locked: {folder}" for folder in folders if _is_locked(folder / ".lock"))
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _records(site: Site, played: Played) -> Iterator[str]:
+    redis, operation = site.client.journal.redis, played.record.id
+    for pattern in (keys.lease("*", "*"), keys.claim("*"), keys.waiting("*"), keys.progress("*"), keys.waiters("*")):
+        yield from (f"left in Redis: {key}" for key in redis.scan_iter(pattern))
+    if redis.zscore(keys.ATTENTION, operation) is not None:
+        yield "the reaper still looks at the operation"
+    for queue in (SHARED_QUEUE, host_queue(HOST, "control"), host_queue(HOST, "disk")):
+        if redis.llen(queue):
+            yield f"messages wait in {queue}"
+    state = site.client.journal.state(operation)
+    if state is not played.record.state:
+        yield f"the operation ended {played.record.state} and is now {state}"
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def _contents(site: Site) -> Iterator[str]:
+    markers = site.read_markers()
+    yield from (
+        f"the pet's {disk} disk holds {found!r}, not {site.markers[disk]!r}"
+        for disk, found in markers.items()
+        if found != site.markers[disk]
+    )
+    for image in site.host.data.glob("images/*.*"):
+        if image.suffix != ".json" and _sha256(image) != image.stem:
+            yield f"the base image {image.name} has changed"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,236 @@
+"""One round: an operation, disturbed at a chosen moment, judged afterwards. Chosen by seed and number alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+import uuid
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from tests.chaos import faults, scenarios
+from tests.chaos.faults import Fault
+from tests.chaos.invariants import Played, violations
+from tests.chaos.scenarios import ADMISSION, UNDO, Scenario
+from tests.chaos.site import PET, Site, wait_serving
+from tests.lab import LabError
+from worker.engine.record import FINAL, Record, State, StepRecord, StepState
+from worker.models import PowerState
+
+BOUND = 90.0
+"""Seconds within which every operation must have ended."""
+
+FORGOTTEN = 8.0
+"""Seconds after which a scheduler asks again for an operation of which nobody knows."""
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Round:
+    """What is done to whom, and when: once the step has gone on for that share of the time that it takes."""
+
+    number: int
+    operation: str
+    fault: str
+    step: str
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.operation}: {self.fault}, {self.share:.0%} into {self.step}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a round went. `hit` is the step that really ran when the fault struck, `recovery` the seconds from there
+    to the end of the operation, less what was left to do."""
+
+    round: Round
+    state: str
+    hit: str
+    seconds: float
+    recovery: float | None = None
+    slow: bool = False
+    asked_again: bool = False
+    violations: list[str] = dataclasses.field(default_factory=list)
+
+
+def combinations(operations: list[str], kinds: list[str], *, as_root: bool) -> list[tuple[str, str, str]]:
+    """Every operation, fault and moment that go together."""
+    return [
+        (scenario.name, fault.name, step)
+        for scenario in scenarios.SCENARIOS
+        for fault in faults.FAULTS
+        for step in scenario.moments
+        if (not operations or scenario.name in operations)
+        and (not kinds or fault.name in kinds)
+        and (as_root or not fault.as_root)
+        and _makes_sense(scenario, fault, step)
+    ]
+
+
+def _makes_sense(scenario: Scenario, fault: Fault, step: str) -> bool:
+    disk = scenario.name.startswith("spawn") and step not in {"spawn_instance", "wait_ready", UNDO}
+    return (not fault.needs or disk) and not (step == UNDO and fault.name == "cancel")
+
+
+def drawn(seed: int, number: int, choices: list[tuple[str, str, str]]) -> Round:
+    """The round of that number: all combinations come in turn, shuffled anew each time."""
+    turn, place = divmod(number, len(choices))
+    deck = random.Random(f"{seed}:{turn}").sample(choices, len(choices))
+    operation, fault, step = deck[place]
+    return Round(number, operation, fault, step, random.Random(f"{seed}#{number}").random())
+
+
+def play(site: Site, what: Round) -> Verdict:
+    """Prepare, disturb, judge, clean up. Raises LabError when the site itself is broken."""
+    scenario, fault = scenarios.BY_NAME[what.operation], faults.BY_NAME.get(what.fault)
+    wait_serving(site)
+    if fault and scenario.name not in site.usual:
+        undisturbed = play(site, Round(-1, what.operation, NONE, ADMISSION, 0))
+        if undisturbed.violations:
+            raise LabError(f"without any fault: {undisturbed.violations}")
+    instance = _prepare(site, scenario)
+    began = time.time()
+    with ExitStack() as relief:
+        site.relief = relief
+        attempt = Attempt(site, scenario, fault, what, instance)
+        record = attempt.run()
+    played = Played(scenario, fault, instance, record, attempt.logs, cancelled=what.step == UNDO)
+    if not fault:
+        site.usual[scenario.name] = _durations(record, began)
+    found = [*attempt.complaints, *violations(site, played), *site.supervisor.own_ends]
+    site.supervisor.own_ends.clear()
+    _clean_up(site, scenario, instance)
+    seconds = (record.ended_at or time.time()) - began
+    recovery = attempt.recovery(record)
+    limit = _limit(site, fault)
+    slow = recovery is not None and limit is not None and recovery > limit
+    return Verdict(what, record.state.value, attempt.hit, seconds, recovery, slow, attempt.asked_again, found)
+
+
+def _durations(record: Record, submitted: float) -> dict[str, float]:
+    """Seconds that the operation and each of its steps took."""
+    ended = record.ended_at or time.time()
+    steps = {key: (step.ended_at or ended) - (step.started_at or ended) for key, step in record.steps.items()}
+    return {ADMISSION: ended - submitted, UNDO: sum(steps.values()) / 4, **steps}
+
+
+def _limit(site: Site, fault: Fault | None) -> float | None:
+    if fault is None:
+        return None
+    return 1.5 * site.lease_ttl if fault.by_lease else fault.limit
+
+
+class Attempt:
+    """The disturbed operation while it runs."""
+
+    def __init__(self, site: Site, scenario: Scenario, fault: Fault | None, what: Round, instance: str) -> None:
+        self.site, self.scenario, self.fault, self.what = site, scenario, fault, what
+        self.logs = site.log_offsets()
+        self.hit = ""
+        self._usual = site.usual.get(scenario.name, {})
+        self.asked_again = False
+        self.complaints: list[str] = []
+        self.operation = f"chaos-{what.number}-{uuid.uuid4().hex[:8]}"
+        self._arguments = {**scenario.request(site.ground(instance)), "operation_id": self.operation}
+        self._began = self._struck = 0.0
+
+    def run(self) -> Record:
+        """Submit, strike at the moment, and wait for the end."""
+        if self.fault and self.fault.early:
+            self._strike()
+        self._submit()
+        if self.fault:
+            self._await_moment()
+            if not self.fault.early:
+                self._strike()
+        return self._await_end()
+
+    def recovery(self, record: Record) -> float | None:
+        """Seconds that the fault has cost."""
+        if not self._struck or not record.ended_at or (self.fault and self.fault.early):
+            return None
+        left = 0.0 if self.what.fault == "cancel" else self._usual[ADMISSION]
+        left = max(0.0, left - (self._struck - self._began))
+        return max(0.0, record.ended_at - self._struck - left)
+
+    def _submit(self) -> None:
+        self._began = time.time()
+        self.site.submit(self.scenario.task, **self._arguments)
+
+    def _await_moment(self) -> None:
+        if self.what.step == UNDO:
+            self._await_step(self.scenario.cancel_at)
+            self.site.client.cancel(self.operation)
+        if self.what.step != ADMISSION:
+            self._await_step(self.what.step)
+        time.sleep(self.what.share * self._usual[self.what.step])
+
+    def _await_step(self, key: str) -> None:
+        deadline = time.monotonic() + BOUND
+        while time.monotonic() < deadline:
+            record = self.site.client.journal.read(self.operation)
+            if record.state.final or any(step.state is not StepState.PENDING for step in _steps(record, key)):
+                return
+            time.sleep(0.001)
+
+    def _strike(self) -> None:
+        assert self.fault
+        record = self.site.client.journal.find(self.operation)
+        self.hit = _running_step(record) if record else "all"
+        self._struck = time.time()
+        self.fault.strike(self.site, self.operation)
+
+    def _await_end(self) -> Record:
+        deadline, missing_since = time.monotonic() + BOUND, 0.0
+        record: Record | None = None
+        while time.monotonic() < deadline:
+            record = self.site.client.journal.find(self.operation)
+            if record is None:
+                missing_since = missing_since or time.monotonic()
+                if time.monotonic() - missing_since > FORGOTTEN:
+                    self._ask_again()
+            elif record.state.final:
+                return record
+            time.sleep(0.01)
+        self.complaints.append(f"not final after {BOUND:g} s: {record.as_dict() if record else 'no record'}")
+        return record or Record(self.operation, "", {}, "", "", "", State.STUCK)
+
+    def _ask_again(self) -> None:
+        """As a scheduler does: the same id again, which attaches to the operation or begins it anew."""
+        self.asked_again = True
+        wait_serving(self.site)
+        self._submit()
+
+
+def _steps(record: Record, key: str) -> list[StepRecord]:
+    return list(record.undo_steps) if key == UNDO else [record.steps[key]]
+
+
+def _running_step(record: Record) -> str:
+    if record.state in FINAL:
+        return "ended"
+    if record.state is State.UNDOING:
+        return UNDO
+    return next((step.key for step in record.steps.values() if step.state is not StepState.DONE), "end")
+
+
+def _prepare(site: Site, scenario: Scenario) -> str:
+    """Bring the operation's instance into its first state; its name."""
+    if scenario.subject == "pet":
+        site.bring(PET, scenario.before)
+        return PET
+    site.fresh_image()
+    name = f"g{uuid.uuid4().hex[:6]}"
+    if scenario.subject == "victim":
+        site.run(scenarios.BY_NAME["spawn"].task, **scenarios.BY_NAME["spawn"].request(site.ground(name)))
+    return name
+
+
+def _clean_up(site: Site, scenario: Scenario, instance: str) -> None:
+    if scenario.subject != "pet" and site.power(instance) is not PowerState.MISSING:
+        wait_serving(site)
+        site.run("virtfleet.destroy", instance=instance, host=site.host.name)
+    site.drop_images()

@@ -1,0 +1,137 @@
+"""The table of operations that the chaos suite disturbs. A new operation joins by a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from worker.models import PowerState
+
+Subject = Literal["pet", "victim", "new"]
+"""Whom the operation is about: the guest that lives through all rounds and has written to its disks, one that was
+spawned for this round, or one that the operation itself makes."""
+
+MISSING, OFF, RUNNING, PAUSED = PowerState.MISSING, PowerState.OFF, PowerState.RUNNING, PowerState.PAUSED
+
+ADMISSION = "admission"
+UNDO = "undo"
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a request can name: the host, the instance, and images below the host's image roots."""
+
+    host: str
+    instance: str
+    blank_image: str
+    guest_image: str
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One operation, from a state to a state.
+
+    `undone` are the states in which it may leave the guest when it failed or was cancelled. `cancel_at` is the step
+    during which it is cancelled when its undo is to be disturbed; empty where nothing is undone. `needs_space`: it
+    may fail on a full disk.
+    """
+
+    name: str
+    task: str
+    subject: Subject
+    before: PowerState
+    after: PowerState
+    undone: frozenset[PowerState]
+    steps: tuple[str, ...]
+    request: Callable[[Ground], dict[str, Any]]
+    cancel_at: str = ""
+    needs_space: bool = False
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """When a fault may strike: as soon as it is admitted, in each step, and while it is undone."""
+        return (ADMISSION, *self.steps, *([UNDO] if self.cancel_at else []))
+
+
+@dataclass(frozen=True)
+class Power:
+    """A row for an operation of one step on a guest that is there."""
+
+    name: str
+    before: PowerState
+    after: PowerState
+    undone: frozenset[PowerState]
+    cancel_at: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def scenario(self) -> Scenario:
+        """The whole row."""
+        return Scenario(
+            name=self.name,
+            task=f"virtfleet.{self.name}",
+            subject="pet",
+            before=self.before,
+            after=self.after,
+            undone=self.undone,
+            steps=(self.name,),
+            request=lambda ground: {"instance": ground.instance, **self.arguments},
+            cancel_at=self.cancel_at,
+        )
+
+
+def _spawn(image: str, **arguments: Any) -> Callable[[Ground], dict[str, Any]]:
+    def request(ground: Ground) -> dict[str, Any]:
+        fixed = {"name": ground.instance, "host": ground.host, "image": getattr(ground, image)}
+        return {**fixed, "ephemeral_gib": [1], **arguments}
+
+    return request
+
+
+PROVISION = ("fetch_image", "create_disks", "build_seed", "spawn_instance", "wait_ready")
+READY = {"wait_for": "console", "console_line": "virtfleet-guest ready", "memory_mib": 256}
+IMPATIENT = {"timeout": 1.5, "retry_interval": 0.5}
+
+SCENARIOS = (
+    Scenario(
+        name="spawn",
+        task="virtfleet.spawn",
+        subject="new",
+        before=MISSING,
+        after=RUNNING,
+        undone=frozenset({MISSING}),
+        steps=PROVISION,
+        request=_spawn("blank_image", memory_mib=64, root_disk="raw"),
+        cancel_at="spawn_instance",
+        needs_space=True,
+    ),
+    Scenario(
+        name="spawn until ready",
+        task="virtfleet.spawn",
+        subject="new",
+        before=MISSING,
+        after=RUNNING,
+        undone=frozenset({MISSING}),
+        steps=("wait_ready",),
+        request=_spawn("guest_image", **READY),
+        cancel_at="wait_ready",
+        needs_space=True,
+    ),
+    Power("power_on", OFF, RUNNING, frozenset({OFF, RUNNING})).scenario(),
+    Power("power_off", RUNNING, OFF, frozenset({RUNNING, OFF}), arguments=IMPATIENT).scenario(),
+    Power("reboot", RUNNING, RUNNING, frozenset({RUNNING}), cancel_at="reboot", arguments=IMPATIENT).scenario(),
+    Power("pause", RUNNING, PAUSED, frozenset({RUNNING, PAUSED})).scenario(),
+    Power("resume", PAUSED, RUNNING, frozenset({RUNNING, PAUSED})).scenario(),
+    Scenario(
+        name="destroy",
+        task="virtfleet.destroy",
+        subject="victim",
+        before=RUNNING,
+        after=MISSING,
+        undone=frozenset({RUNNING}),
+        steps=("destroy_instance",),
+        request=lambda ground: {"instance": ground.instance},
+    ),
+)
+
+BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

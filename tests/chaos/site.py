@@ -1,0 +1,270 @@
+"""Where a round is played: a fleet of one host with its supervisor, the guest that lives through all rounds, and a
+client."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+
+import libvirt
+
+from tests.chaos.scenarios import Ground
+from tests.conftest import settings
+from tests.lab import Fleet, LabError, LabHost, guest_image, wait_until
+from tests.lab.fleet import KINDS, WorkerKind
+from tests.lab.process import Process
+from worker.client import Fleet as Client
+from worker.engine.kinds import kind_of
+from worker.engine.record import Record, State
+from worker.models import PowerState
+
+HOST = "chaos"
+PET = "pet"
+RESTART_SEC = 1.0
+"""A supervisor, as systemd, starts an ended worker again after so long."""
+
+DATA_SIZE = "512m"
+MIB = 1024**2
+
+ENVIRONMENT = {
+    "reaper_interval": 0.3,
+    "publish_grace": 1.5,
+    "heartbeat_interval": 1,
+    "reserve_bytes": 8 * MIB,
+}
+"""Everything that waits waits shorter, so that a round takes seconds."""
+
+MARKED = "chaos disks marked"
+# A marker is written once and never again: one that was lost would be seen as another one.
+USER_DATA = f"""#!/bin/sh
+mark() {{
+  case "$(dd if=/dev/$1 bs=512 skip=$2 count=1 2>/dev/null)" in marker*) return ;; esac
+  printf 'marker %s' "$(cat /proc/sys/kernel/random/uuid)" | dd of=/dev/$1 bs=512 seek=$2 conv=notrunc,fsync
+}}
+mark vda {64 * MIB // 512}
+mark vdb 0
+echo "{MARKED}"
+"""
+
+# cli; hlt; jmp to the hlt: a guest that boots in no time and costs none. Then one partition, and the signature.
+HALTING_MBR = bytes.fromhex("faf4ebfd").ljust(446, b"\0") + bytes.fromhex("80000200830000000100000001000000")
+HALTING_MBR = HALTING_MBR.ljust(510, b"\0") + b"\x55\xaa"
+
+_STATES = {
+    libvirt.VIR_DOMAIN_RUNNING: PowerState.RUNNING,
+    libvirt.VIR_DOMAIN_BLOCKED: PowerState.RUNNING,
+    libvirt.VIR_DOMAIN_SHUTDOWN: PowerState.RUNNING,
+    libvirt.VIR_DOMAIN_PAUSED: PowerState.PAUSED,
+    libvirt.VIR_DOMAIN_SHUTOFF: PowerState.OFF,
+    libvirt.VIR_DOMAIN_CRASHED: PowerState.CRASHED,
+}
+
+
+class Supervisor(threading.Thread):
+    """Starts workers again that have ended, and remembers when which process ended (monotonic seconds)."""
+
+    def __init__(self, workers: dict[WorkerKind, Process]) -> None:
+        super().__init__(name="supervisor", daemon=True)
+        self.deaths: dict[int, float] = {}
+        self.own_ends: list[str] = []
+        self._workers = workers
+        self._expected: set[int] = set()
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.1):
+            for kind, worker in self._workers.items():
+                if not worker.alive:
+                    self._again(kind, worker)
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join(10)
+
+    def expect(self, *pids: int) -> None:
+        """These processes are about to be killed."""
+        self._expected.update(pids)
+
+    def died(self, *pids: int) -> None:
+        """These processes run no more."""
+        self.deaths.update(dict.fromkeys(pids, time.monotonic()))
+
+    def _again(self, kind: str, worker: Process) -> None:
+        if worker.pid not in self._expected:
+            self.own_ends.append(f"the {kind} worker (pid {worker.pid}) ended by itself")
+            self.died(worker.pid)
+        if not self._ended.wait(RESTART_SEC):
+            worker.start()
+
+
+class Site:
+    """A context manager that brings all of it up and down. `relief` is what a round must take back afterwards."""
+
+    def __init__(self, folder: Path, freeze_seconds: float, lease_ttl: float) -> None:
+        self.folder = folder
+        self.freeze_seconds = freeze_seconds
+        self.lease_ttl = lease_ttl
+        self.fleet = Fleet(folder, [HOST])
+        self.host: LabHost = self.fleet.hosts[HOST]
+        self.relief = ExitStack()
+        self.markers: dict[str, bytes] = {}
+        self.usual: dict[str, dict[str, float]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with self._stack:
+            self._stack.enter_context(settings(**ENVIRONMENT, lease_ttl=self.lease_ttl, redis_url=self.fleet.redis.url))
+            # Before the host boots, whose mounts are a copy; away before its folder is removed.
+            mounted = _mount_small_disk(self.host.data)
+            self._stack.enter_context(self.fleet)
+            if mounted:
+                self._stack.callback(_unmount, self.host.data)
+            self.client = Client()
+            self.workers: dict[WorkerKind, Process] = {kind: self.fleet.worker(HOST, kind) for kind in KINDS}
+            self.supervisor = Supervisor(self.workers)
+            self.supervisor.start()
+            self._stack.callback(self.supervisor.stop)
+            self._lay_out_images()
+            self._spawn_pet()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    # --- guests ---------------------------------------------------------------------------------------------------
+
+    def ground(self, instance: str) -> Ground:
+        images = self.host.images
+        return Ground(HOST, instance, str(images / "blank.raw"), str(images / "guest.qcow2"))
+
+    def fresh_image(self) -> None:
+        """Give the blank image another content, so that it has to be fetched."""
+        (self.host.images / "blank.raw").write_bytes(HALTING_MBR + os.urandom(16 * MIB - len(HALTING_MBR)))
+
+    def drop_images(self) -> None:
+        """Take out of the host's cache what only this round used."""
+        for image in self.host.data.glob("images/*.raw"):
+            image.unlink()
+            image.with_suffix(".json").unlink(missing_ok=True)
+
+    def domains(self) -> dict[str, PowerState]:
+        """All domains of the host by name, asked from libvirt itself."""
+        with self._connected() as connection:
+            found = connection.listAllDomains()
+            return {domain.name(): _STATES[domain.state()[0]] for domain in found}
+
+    def power(self, instance: str) -> PowerState:
+        return self.domains().get(instance, PowerState.MISSING)
+
+    def transient(self) -> list[str]:
+        with self._connected() as connection:
+            return [domain.name() for domain in connection.listAllDomains() if not domain.isPersistent()]
+
+    def jobs(self) -> list[str]:
+        """Jobs of guests that run: of the domain or of one of its disks."""
+        with self._connected() as connection:
+            active = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+            return [domain.name() for domain in active if domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE] + [
+                f"{domain.name()}: {disk}" for domain in active for disk in ("vda", "vdb") if _block_job(domain, disk)
+            ]
+
+    def bring(self, instance: str, wanted: PowerState) -> None:
+        """Bring a guest into a state, by undisturbed operations."""
+        now = self.power(instance)
+        if now is wanted:
+            return
+        if now is PowerState.PAUSED or wanted is PowerState.PAUSED:
+            self.run("virtfleet.resume" if now is PowerState.PAUSED else "virtfleet.power_on", instance=instance)
+        if wanted is PowerState.PAUSED:
+            self.run("virtfleet.pause", instance=instance)
+        elif wanted is PowerState.OFF:
+            self.run("virtfleet.power_off", instance=instance, timeout=0)
+        else:
+            self.run("virtfleet.power_on", instance=instance)
+
+    def run(self, task: str, **arguments: Any) -> Record:
+        """An undisturbed operation; raises LabError unless it succeeds."""
+        record = self.client.wait(self.submit(task, **arguments), timeout=60)
+        if record.state is not State.SUCCEEDED:
+            raise LabError(f"without any fault, {task} {arguments} ended {record.state}: {record.error}")
+        return record
+
+    def submit(self, task: str, **arguments: Any) -> str:
+        """Have the fleet accept a request; the operation's id."""
+        return self.client.submit(kind_of(task).request.model_validate(arguments)).id
+
+    def read_markers(self) -> dict[str, bytes]:
+        """What the pet has written to its disks, as it is on the host now."""
+        uuid = str(self.client.registry.require(PET).uuid)
+        folder = self.host.data / "instances" / uuid
+        return {
+            "root": _sector(folder / "root.qcow2", 64 * MIB // 512, self.folder),
+            "ephemeral": _sector(folder / "ephemeral0.qcow2", 0, self.folder),
+        }
+
+    def log_offsets(self) -> dict[Path, int]:
+        """How long the workers' logs are now."""
+        return {worker.log: worker.log.stat().st_size for worker in self.workers.values()}
+
+    # --- set-up ---------------------------------------------------------------------------------------------------
+
+    def _lay_out_images(self) -> None:
+        guest = self.host.images / "guest.qcow2"
+        guest.write_bytes(guest_image().read_bytes())
+        self.fresh_image()
+
+    def _spawn_pet(self) -> None:
+        request = {"name": PET, "image": str(self.host.images / "guest.qcow2"), "ephemeral_gib": [1]}
+        ready = {"memory_mib": 256, "wait_for": "console", "console_line": MARKED}
+        self.run("virtfleet.spawn", host=HOST, user_data=USER_DATA, **request, **ready)
+        self.markers = self.read_markers()
+        if not all(marker.startswith(b"marker ") for marker in self.markers.values()):
+            raise LabError(f"the guest has not marked its disks: {self.markers}")
+
+    @contextmanager
+    def _connected(self) -> Iterator[libvirt.virConnect]:
+        connection = libvirt.open(self.host.uri)
+        try:
+            yield connection
+        finally:
+            with suppress(libvirt.libvirtError):
+                connection.close()
+
+
+def _mount_small_disk(folder: Path) -> bool:
+    """As root, put a small filesystem there, which can be filled; whether that was done."""
+    if os.geteuid() != 0:
+        return False
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DATA_SIZE},mode=755", "tmpfs", str(folder)], check=True)
+    return True
+
+
+def _unmount(folder: Path) -> None:
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazily: guests still use their disks
+
+
+def _block_job(domain: libvirt.virDomain, disk: str) -> bool:
+    with suppress(libvirt.libvirtError):  # a guest without that disk
+        return bool(domain.blockJobInfo(disk))
+    return False
+
+
+def _sector(disk: Path, number: int, scratch: Path) -> bytes:
+    out = scratch / "sector"
+    # Not `qemu-img dd`: what its count means together with skip has changed over versions.
+    place = f"driver=raw,offset={number * 512},size=512,file.driver=qcow2,file.file.filename={disk}"
+    subprocess.run(["qemu-img", "convert", "-U", "--image-opts", place, "-O", "raw", str(out)], check=True)
+    return out.read_bytes().rstrip(b"\0")
+
+
+def wait_serving(site: Site, timeout: float = 30) -> None:
+    """Wait until Redis has heard of both workers, as after it lost its memory."""
+    wait_until(lambda: len(site.client.registry.alive(HOST)) == 2, timeout, "both workers have a heartbeat")

@@ -1,0 +1,62 @@
+"""Each fault once, each step once: what was accepted finishes or is undone, runs once at a time, and leaves nothing.
+
+scripts/chaos plays the same rounds at random, as many as one likes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.chaos import faults, scenarios
+from tests.chaos.lane import Lane
+from tests.chaos.rounds import Round
+from tests.lab import lab_folder
+
+NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk that is small enough to fill")
+
+# operation, fault, step, share of the step's usual time after which the fault strikes
+CHOSEN = [
+    ("spawn", "messages doubled", "admission", 0.0),
+    ("spawn", "SIGKILL disk worker", "fetch_image", 0.5),
+    ("spawn", "SIGKILL pool child", "create_disks", 0.3),
+    ("spawn", "disk full", "create_disks", 0.0),
+    ("spawn", "FLUSHALL", "build_seed", 0.5),
+    ("spawn", "cancel", "spawn_instance", 0.5),
+    ("spawn", "SIGKILL QEMU", "wait_ready", 0.0),
+    ("spawn", "SIGKILL control worker", "undo", 0.0),
+    ("power_on", "SIGKILL libvirtd", "power_on", 0.3),
+    ("power_off", "SIGKILL control worker", "power_off", 0.3),
+    ("reboot", "SIGSTOP libvirtd", "reboot", 0.3),
+    ("pause", "connections dropped", "pause", 0.3),
+    ("resume", "SIGKILL Redis", "admission", 0.1),
+    ("destroy", "SIGKILL control worker", "destroy_instance", 0.5),
+]
+
+
+@pytest.fixture(scope="module")
+def lane() -> Iterator[Lane]:
+    with lab_folder() as folder, Lane(folder / "lane.log", freeze_seconds=3) as lane:
+        yield lane
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param(
+            Round(number, *row),
+            id="-".join(row[:3]).replace(" ", "_"),
+            marks=[NEEDS_ROOT] if faults.BY_NAME[row[1]].as_root else [],
+        )
+        for number, row in enumerate(CHOSEN)
+    ],
+)
+def test_it_survives(lane: Lane, chosen: Round) -> None:
+    assert lane.play(chosen).violations == []
+
+
+def test_every_fault_and_every_step_is_among_the_chosen() -> None:
+    assert {row[1] for row in CHOSEN} == set(faults.BY_NAME)
+    assert {row[2] for row in CHOSEN} >= {step for one in scenarios.SCENARIOS for step in one.steps} - {"resume"}
