@@ -19,8 +19,8 @@ from tests.conftest import settings
 from tests.fleet.parts import Record, Scheduler, domains, idle_image, redis_keys, remains, virsh
 from tests.lab import Fleet, LabHost, free_port, lab_folder, wait_until
 from tests.lab.fleet import COMMAND
+from tests.lab.host import KVM
 from tests.lab.process import REPOSITORY
-from worker.engine.journal import journal
 from worker.findings import Finding
 
 HOST = "hosta"
@@ -81,7 +81,11 @@ def examine(*, fix: bool = False, timeout: float = 60) -> dict[str, Finding]:
 
 def examine_here(fleet: Fleet, *options: str, **variables: str) -> tuple[int, dict[str, Finding]]:
     """Exit code and complaints of `virtfleet doctor --local` on the host, with these settings."""
-    env: Mapping[str, str] = {**os.environ, **fleet.env, **fleet.hosts[HOST].env, **variables}
+    return run_on(fleet.hosts[HOST], *options, **fleet.env, **variables)
+
+
+def run_on(host: LabHost, *options: str, **variables: str) -> tuple[int, dict[str, Finding]]:
+    env: Mapping[str, str] = {**os.environ, **host.env, **variables}
     command = [*COMMAND, "doctor", "--local", "--host", HOST, "--json", *options]
     done = subprocess.run(command, cwd=REPOSITORY, env=env, check=False, capture_output=True, text=True, timeout=60)
     findings = [Finding.model_validate(one) for one in json.loads(done.stdout)["findings"]]
@@ -298,6 +302,25 @@ def test_a_host_that_cannot_resolve_its_own_name_is_told_so(host: LabHost, tmp_p
     assert examine() == {}
 
 
+class HostWithShutKvm(LabHost):
+    """A host on which root can open /dev/kvm, and QEMU's user cannot."""
+
+    def _boot_script(self) -> str:
+        shut = self.folder / "shut-kvm"
+        masks = [line for line in super()._boot_script().splitlines() if KVM not in line]
+        device = [f"mknod -m 600 {shut} c 10 232", f"mount --bind {shut} {KVM}"]
+        return "\n".join([*device, *masks])
+
+
+@pytest.mark.skipif(not os.access(KVM, os.R_OK | os.W_OK), reason=f"root must be able to open {KVM}")
+@AS_ROOT
+def test_a_kvm_device_that_is_shut_to_qemu_is_told_of(fleet: Fleet) -> None:
+    with lab_folder() as folder, HostWithShutKvm(HOST, folder) as host:
+        _, found = run_on(host, VIRTFLEET_REDIS_URL=fleet.redis.url)
+    assert found.keys() == {"kvm_device"}
+    assert "chmod" in found["kvm_device"].remedy
+
+
 def test_a_libvirtd_that_answers_nothing_is_told_of_in_time(fleet: Fleet, host: LabHost) -> None:
     orphan = host.data / "tmp" / "op-long-gone@x"
     orphan.touch()
@@ -315,9 +338,10 @@ def test_a_host_whose_worker_does_not_answer_is_a_finding(fleet: Fleet) -> None:
 
 
 def test_a_worker_that_is_not_there_is_a_finding(fleet: Fleet) -> None:
-    fleet.worker(HOST, "disk").stop()
-    assert examine().keys() == {"no_disk_worker"}
-    fleet.worker(HOST, "disk").start()
+    with fleet.worker(HOST, "disk").frozen(), fleet.redis.client() as client:
+        client.delete(f"virtfleet:alive:{HOST}:disk")  # as it would expire by itself
+        found = examine()
+    assert found.keys() == {"no_disk_worker"}
     fleet.wait_ready()
 
 
@@ -358,36 +382,32 @@ def test_claims_and_leases_of_vanished_operations_are_removed(
     assert redis_keys(fleet, "virtfleet:claim:*") | redis_keys(fleet, "virtfleet:lease:*") == set()
 
 
-def test_who_waits_for_a_stale_claim_has_it_next(
-    fleet: Fleet, scheduler: Scheduler, guest: Record, host: LabHost
+def test_who_waits_for_a_stale_claim_has_it_next_and_the_reaper_hears_of_it(
+    fleet: Fleet, scheduler: Scheduler, guest: Record
 ) -> None:
-    name = guest["instance"]
+    name, operation_id = guest["instance"], f"op-{guest['instance']}"
     with fleet.redis.client() as client:
         client.set(f"virtfleet:claim:{name}", "op-owner")
         client.hset("virtfleet:op:op-owner", "state", "running")
-        waiting = scheduler.send("pause", instance=name, wait_if_busy=True)
+        waiting = scheduler.send("pause", instance=name, operation_id=operation_id, wait_if_busy=True)
         wait_until(lambda: redis_keys(fleet, f"virtfleet:waiting:{name}"), 10, "the pause waits")
+        client.zrem("virtfleet:attention", operation_id)
+        assert examine(fix=True)["unattended_operation"].fixed
+        assert client.zscore("virtfleet:attention", operation_id) is not None
         client.delete("virtfleet:op:op-owner")
     assert fleet.cli("doctor", "--fix").returncode == 0
     assert waiting.get(timeout=20)["state"] == "succeeded"
 
 
-def test_an_operation_that_the_reaper_has_lost_is_given_back_to_it(
-    fleet: Fleet, scheduler: Scheduler, guest: Record
-) -> None:
-    operation_id = f"op-{guest['instance']}"
-    fleet.worker(HOST, "control").stop()
-    command = ["power", "off", guest["instance"], "--timeout", "0", "--id", operation_id, "--no-wait"]
-    assert fleet.cli(*command).returncode == 0
+def test_a_damaged_record_hides_nothing_else(fleet: Fleet) -> None:
     with fleet.redis.client() as client:
-        client.zrem("virtfleet:attention", operation_id)
-        client.delete(f"host.{HOST}.control")  # the message is lost, too
-    fleet.worker(HOST, "control").start()
-    fleet.wait_ready()
-    found = examine(fix=True)
-    assert found["unattended_operation"].fixed
-    wait_until(lambda: journal().read(operation_id).state.final, 30, "the operation ends")
-    assert journal().read(operation_id).state == "succeeded"
+        client.hset("virtfleet:op:op-damaged", "state", "running")
+        client.zadd("virtfleet:operations", {"op-damaged": 1})
+        client.set("virtfleet:claim:nothing", "op-vanished")
+        found = examine(fix=True)
+        client.delete("virtfleet:op:op-damaged")
+        client.zrem("virtfleet:operations", "op-damaged")
+    assert {code: one.fixed for code, one in found.items()} == {"unreadable_record": False, "stale_claim": True}
 
 
 def test_a_registry_that_differs_from_the_host_is_put_right(fleet: Fleet, guest: Record) -> None:
@@ -406,7 +426,7 @@ def test_without_redis_the_host_is_examined_and_nothing_repaired(fleet: Fleet, h
     orphan = host.data / "tmp" / "op-long-gone@x"
     orphan.touch()
     nowhere = {"VIRTFLEET_REDIS_URL": f"redis://127.0.0.1:{free_port()}/0"}
-    code, found = examine_here(fleet, "--fix", **nowhere)
+    code, found = run_on(host, "--fix", **nowhere)
     assert (code, set(found)) == (4, {"broker_unavailable", "temporary_file"})
     assert orphan.exists()
     env = {**os.environ, **nowhere}

@@ -22,10 +22,10 @@ def owners(book: Journal) -> frozenset[str]:
 
     Those too that Redis has lost and this host remembers: they are put back within seconds.
     """
-    unfinished = [book.find(one) for one, state in book.states().items() if not state.final]
-    names = {word for record in unfinished if record for word in (record.id, record.uuid, record.instance)}
-    lost = [copy for copy in Mirror().copies() if book.state(copy.operation) is None]
-    return frozenset(names.union(*map(_names, lost)) - {""})
+    names = {one for one, state in book.states().items() if not state.final}
+    records = [record for record in (_read(book, one) for one in names) if record]
+    lost = [_names(copy) for copy in Mirror().copies() if book.state(copy.operation) is None]
+    return frozenset(names.union(*({record.uuid, record.instance} for record in records), *lost) - {""})
 
 
 def owners_by_host() -> frozenset[str]:
@@ -71,7 +71,7 @@ def leases(book: Journal) -> Iterator[Suspect]:
     """Leases of steps that nobody executes."""
     for name in sorted(_scan(book.redis, keys.lease("", "").removesuffix(":"))):
         operation_id, _, step = name.partition(":")
-        record = book.find(operation_id)
+        record = _read(book, operation_id)
         running = {one.key for one in _steps(record) if one.state is StepState.RUNNING} if record else set()
         with translated():
             still_there = book.redis.exists(keys.lease(operation_id, step))
@@ -97,10 +97,14 @@ def operations(book: Journal) -> Iterator[Suspect]:
     for operation_id, state in book.states().items():
         if state.final and state is not State.STUCK:
             continue
-        record = book.find(operation_id)
+        record = _read(book, operation_id)
         if record:
             yield from _stalled(book, record)
             yield from _unattended(book, record)
+        elif book.state(operation_id) is not None:
+            what = f"the record of an operation that is {state} cannot be read: damaged, or of a newer version"
+            remedy = "Bring all workers to one version."
+            yield suspect(Severity.ERROR, "unreadable_record", what, where=keys.operation(operation_id), remedy=remedy)
 
 
 def _stalled(book: Journal, record: Record) -> Iterator[Suspect]:
@@ -130,6 +134,13 @@ def _unattended(book: Journal, record: Record) -> Iterator[Suspect]:
             remedy="virtfleet doctor --fix has the reaper look at it.",
             repair=partial(book.attend, record.id),
         )
+
+
+def _read(book: Journal, operation_id: str) -> Record | None:
+    try:
+        return book.find(operation_id)
+    except (KeyError, TypeError, ValueError):
+        return None  # told by `operations`; one such record must not hide what is wrong with the others
 
 
 def _steps(record: Record) -> Iterable[StepRecord]:
