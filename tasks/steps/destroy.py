@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from tasks.steps.local import local_host
 from worker.compute import provision
 from worker.compute.local import LocalInstance
+from worker.engine.patience import patiently
 from worker.engine.step import step
 from worker.engine.step_context import StepContext
 from worker.models import Frozen
@@ -34,5 +35,5 @@ def destroy_instance(ctx: StepContext, request: DestroyRequest) -> Destroyed:
     instance = LocalInstance(local, ctx.instance, uuid)
     domain = provision.remove_domain(instance, ctx, foreign=request.foreign)
     files = provision.remove_files(instance, ctx)
-    ctx.registry.forget(ctx.instance, uuid, destroyed_by=ctx.operation, host=ctx.host)
+    patiently(ctx.registry.forget, ctx.instance, uuid, destroyed_by=ctx.operation, host=ctx.host)
     return Destroyed(domain=domain, files=files, note="destroyed" if domain or files else "already gone")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from uuid import UUID
 
 from worker.compute.local import LocalHost, LocalInstance
+from worker.engine.patience import patiently
 from worker.engine.step_context import StepContext
 from worker.models import Instance, InstanceSpec, PowerState
 
@@ -21,7 +22,7 @@ def local_instance(ctx: StepContext) -> LocalInstance:
 
 def register(ctx: StepContext, power: PowerState, spec: InstanceSpec | None = None) -> Instance:
     """Put the instance's present state into the registry; the entry."""
-    known = ctx.registry.find(ctx.instance)
+    known = patiently(ctx.registry.find, ctx.instance)
     entry = Instance(
         name=ctx.instance,
         uuid=UUID(ctx.uuid),
@@ -31,5 +32,4 @@ def register(ctx: StepContext, power: PowerState, spec: InstanceSpec | None = No
         vcpus=spec.vcpus if spec else (known.vcpus if known else 0),
         memory_mib=spec.memory_mib if spec else (known.memory_mib if known else 0),
     )
-    ctx.registry.put(entry)
-    return entry
+    return patiently(ctx.registry.put, entry)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from tasks.steps.local import local_host, local_instance, register
 from worker.compute import provision
 from worker.compute.local import LocalInstance
+from worker.engine.patience import patiently
 from worker.engine.step import step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
@@ -61,4 +62,4 @@ def undo_disks(ctx: StepContext, uuid: str) -> None:
 def undo_domain(ctx: StepContext, name: str, uuid: str) -> None:
     """Remove the domain that the operation defined."""
     provision.remove_domain(LocalInstance(local_host(ctx), name, uuid), ctx)
-    ctx.registry.forget(name, uuid)
+    patiently(ctx.registry.forget, name, uuid)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from worker.cli import output
 from worker.client import Fleet, Sight
-from worker.engine.record import Record, StepRecord, StepState
+from worker.engine.record import Record, State, StepRecord, StepState
 
 MIB = 1024**2
 SIGNS = {
@@ -129,9 +129,18 @@ def _summary(record: Record) -> None:
         output.console.print(f"  {escape(record.result['note'])}")
     if record.error:
         output.tell(record.error, as_json=False)
-        undone = [
-            entry.action
-            for entry, step in zip(record.undo, record.undo_steps, strict=True)
-            if step.state is StepState.DONE
-        ]
-        output.complaints.print(f"  Undone: {', '.join(reversed(undone)) or 'nothing had to be'}.")
+        tell_undone(record)
+
+
+def tell_undone(record: Record) -> None:
+    """What was taken back, and of a stuck operation what was not and why."""
+    undo = list(reversed(list(zip(record.undo, record.undo_steps, strict=True))))
+    undone = [entry.action for entry, step in undo if step.state is StepState.DONE]
+    output.complaints.print(f"  Undone: {', '.join(undone) or ('nothing had to be' if not undo else 'nothing')}.")
+    if record.state is not State.STUCK:
+        return
+    for entry, step in undo:
+        if step.state is not StepState.DONE:
+            why = f": {escape(step.error['message'])}" if step.error else ""
+            output.complaints.print(f"  [red]Remains[/]: {entry.action} {entry.arguments} on host {entry.host}{why}")
+    output.complaints.print(f"  [cyan]→[/] Mend that, then: virtfleet operation retry-undo {record.id}")

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from worker.cli import output
-from worker.cli.follow import SIGNS, follow
+from worker.cli.follow import SIGNS, follow, tell_undone
 from worker.cli.options import AsJson
 from worker.client import Fleet
 from worker.engine.record import Record, StepState
@@ -123,3 +123,4 @@ def _show(record: Record) -> None:
         output.table(title, ["action", "host", "arguments", "state"], lines, empty="")
     if record.error:
         output.tell(record.error, as_json=False)
+        tell_undone(record)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from worker.app import SHARED_QUEUE, app
+from collections.abc import Callable
+
+from worker.app import app
 from worker.engine.advance import advance
 from worker.engine.journal import journal
-from worker.engine.record import Record
-from worker.errors import InstanceBusy, InvalidState
+from worker.engine.record import Record, State
+from worker.errors import FleetError, InstanceBusy, InvalidState
 
 
 def cancel(operation_id: str) -> Record:
@@ -36,13 +38,21 @@ def retry_undo(operation_id: str) -> Record:
     return book.read(operation_id)
 
 
-@app.task(name="virtfleet.cancel", queue=SHARED_QUEUE)
+@app.task(name="virtfleet.cancel")
 def cancel_by_name(operation_id: str) -> dict[str, object]:
     """Cancel an operation, for schedulers that send tasks by name."""
-    return cancel(operation_id).as_dict()
+    return _answer(cancel, operation_id)
 
 
-@app.task(name="virtfleet.retry_undo", queue=SHARED_QUEUE)
+@app.task(name="virtfleet.retry_undo")
 def retry_undo_by_name(operation_id: str) -> dict[str, object]:
     """Try again to undo an operation that is stuck, for schedulers that send tasks by name."""
-    return retry_undo(operation_id).as_dict()
+    return _answer(retry_undo, operation_id)
+
+
+def _answer(intervene: Callable[[str], Record], operation_id: str) -> dict[str, object]:
+    """The record, or what stands against it in the form of a record: a bare client knows none of our exceptions."""
+    try:
+        return intervene(operation_id).as_dict()
+    except FleetError as error:
+        return {"id": operation_id, "state": State.REJECTED.value, "error": error.as_dict()}

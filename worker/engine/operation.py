@@ -12,7 +12,7 @@ import structlog
 from celery.exceptions import Ignore
 from pydantic import ValidationError
 
-from worker.app import SHARED_QUEUE, app
+from worker.app import app
 from worker.engine.advance import see_to
 from worker.engine.canvas import Canvas, stages_of
 from worker.engine.journal import journal
@@ -42,7 +42,7 @@ def operation(
             return _admit_by_name(kind, task, arguments)
 
         by_name.__doc__ = build.__doc__
-        app.task(name=name, bind=True, queue=SHARED_QUEUE)(by_name)
+        app.task(name=name, bind=True)(by_name)
         return build
 
     return register

@@ -174,10 +174,9 @@ class Record:
 
 
 def _discreet(request: dict[str, Any]) -> dict[str, Any]:
-    """User-data often holds passwords; who reads records need not read those."""
-    if not request.get("user_data"):
-        return request
-    return {**request, "user_data": f"<{len(request['user_data'].encode())} bytes>"}
+    """What is passed to the guest often holds passwords; who reads records need not read those."""
+    hidden = {name: request[name] for name in ("user_data", "network_config") if request.get(name)}
+    return {**request, **{name: f"<{len(str(value).encode())} bytes>" for name, value in hidden.items()}}
 
 
 def parse(operation_id: str, fields: dict[str, str], undo: list[str]) -> Record:

@@ -86,8 +86,8 @@ class Registry:
 
     # --- instances -----------------------------------------------------------------------------------------------
 
-    def put(self, instance: Instance) -> None:
-        """Add an instance or renew what is known of it."""
+    def put(self, instance: Instance) -> Instance:
+        """Add an instance or renew what is known of it; the entry."""
         known = instance.model_copy(update={"updated_at": time.time()})
         with translated():
             pipe = self.redis.pipeline(transaction=True)
@@ -95,6 +95,7 @@ class Registry:
             pipe.hset(keys.UUIDS, str(instance.uuid), instance.name)
             pipe.delete(keys.gone(instance.name))
             pipe.execute()
+        return known
 
     def forget(self, name: str, uuid: UUID | str, *, destroyed_by: str = "", host: str = "") -> None:
         """Take an instance out; remember for a while which operation destroyed it."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
+from worker.engine.connection import translated
 from worker.engine.journal import Journal, Lease
 from worker.engine.lease import LeaseKeeper
 from worker.engine.patience import patiently
@@ -103,7 +104,11 @@ class StepContext:
 
     def _show(self, line: str) -> None:
         # Flower shows `result` of a custom task event in state PROGRESS; it ignores update_state (measured).
-        self._task.send_event("task-progress", result=line, retry=False)
+        try:
+            with translated():
+                self._task.send_event("task-progress", result=line, retry=False)
+        except BrokerUnavailable as error:
+            log.debug("progress not shown in Flower", error=str(error))
 
 
 def _plan_of(record: Record, key: str) -> StepPlan:
