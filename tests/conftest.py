@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import hypothesis
 import pytest
 
 from tests.lab.process import lab_folder
@@ -14,6 +15,11 @@ from worker.app import app
 from worker.engine.journal import Journal
 from worker.engine.journal import journal as journal_of_process
 from worker.settings import get_settings
+
+
+# How long an example takes says how busy the machine is, and nothing about the code.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 
 @contextmanager
