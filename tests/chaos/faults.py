@@ -7,6 +7,7 @@ import codecs
 import json
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -87,6 +88,33 @@ def kill_redis(site: Site, operation: str) -> None:
     site.fleet.redis.kill9()
     time.sleep(1)
     site.fleet.redis.start()
+
+
+def freeze_redis(site: Site, operation: str) -> None:
+    """For so long that every lease runs out: whoever is heard first afterwards must not take it for dead."""
+    with site.fleet.redis.paused():
+        time.sleep(1.5 * site.lease_ttl)
+
+
+def freeze_control(site: Site, operation: str) -> None:
+    _freeze_worker(site, "control")
+
+
+def freeze_disk(site: Site, operation: str) -> None:
+    _freeze_worker(site, "disk")
+
+
+def _freeze_worker(site: Site, kind: WorkerKind) -> None:
+    """As a machine that swaps: it comes back when its lease has run out, and must not go on."""
+    pids = [site.workers[kind].pid, *site.workers[kind].children()]
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(2 * site.lease_ttl)
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def flush_redis(site: Site, operation: str) -> None:
@@ -195,6 +223,9 @@ FAULTS = (
     Fault("SIGKILL libvirtd", kill_libvirtd),
     Fault("SIGSTOP libvirtd", freeze_libvirtd),
     Fault("SIGKILL Redis", kill_redis),
+    Fault("SIGSTOP Redis", freeze_redis),
+    Fault("SIGSTOP control worker", freeze_control),
+    Fault("SIGSTOP disk worker", freeze_disk, needs="disk"),
     Fault("FLUSHALL", flush_redis),
     Fault("connections dropped", drop_connections),
     Fault("messages doubled", deliver_twice, early=True),

@@ -29,7 +29,10 @@ ACCEPTED = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED, State.REJE
 
 @dataclass(frozen=True)
 class Played:
-    """A round when it is over: the operation as it ended, and where the workers' logs were when it began."""
+    """A round when it is over: the operation as it ended, and where the workers' logs were when it began.
+
+    `forgotten`: Redis lost the record after the operation had ended.
+    """
 
     scenario: Scenario
     fault: Fault | None
@@ -37,11 +40,12 @@ class Played:
     record: Record
     logs: dict[Path, int]
     cancelled: bool = False
+    forgotten: bool = False
 
 
 def violations(site: Site, played: Played) -> list[str]:
     """Everything that does not hold; what may still be on its way gets a moment."""
-    found = [*_ending(played), *_executions(site, played)]
+    found = [*_ending(played), *executions(site, played)]
     deadline = time.monotonic() + SETTLE
     while unsettled := [*_guests(site, played), *_leftovers(site, played)]:
         if time.monotonic() > deadline:
@@ -80,7 +84,7 @@ class Execution:
         return f"{self.step} in process {self.pid} from {self.began:.3f} to {self.ended:.3f}"
 
 
-def _executions(site: Site, played: Played) -> Iterator[str]:
+def executions(site: Site, played: Played) -> Iterator[str]:
     """At most one executor at any time; and none that outlives the operation."""
     works = sorted(_read_executions(site, played), key=lambda work: work.began)
     for first, second in itertools.pairwise(works):
@@ -91,26 +95,27 @@ def _executions(site: Site, played: Played) -> Iterator[str]:
 
 
 def _read_executions(site: Site, played: Played) -> Iterator[Execution]:
-    begun: dict[tuple[str, int], dict[str, Any]] = {}
+    begun: dict[tuple[Any, Any], dict[str, Any]] = {}
     for log, offset in played.logs.items():
-        for event in _events(log, offset, played.record.id):
-            key = event["step"], event["fence"]
+        for event in events_of(played.record.id, log, offset):
+            key = event.get("step"), event.get("fence")
             if event["event"] == "begins":
                 begun[key] = event
-            else:
+            elif event["event"] == "ends":
                 yield Execution(event["step"], event["pid"], begun.pop(key)["at"], event["at"])
     for (step, _), event in begun.items():
         pid = event["pid"]  # killed: it could work until it was gone
         yield Execution(step, pid, event["at"], time.monotonic() if running(pid) else site.supervisor.deaths[pid])
 
 
-def _events(log: Path, offset: int, operation: str) -> Iterator[dict[str, Any]]:
+def events_of(operation: str, log: Path, offset: int) -> Iterator[dict[str, Any]]:
+    """What a worker's log tells of an operation, from `offset` on."""
     with log.open("rb") as file:
         file.seek(offset)
         for line in file:
-            if b'"begins"' in line or b'"ends"' in line:
-                event = json.loads(line)
-                if event.get("operation") == operation and event["event"] in ("begins", "ends"):
+            if operation.encode() in line and line.startswith(b"{"):
+                event: dict[str, Any] = json.loads(line)
+                if event.get("operation") == operation:
                     yield event
 
 
@@ -195,7 +200,7 @@ def _records(site: Site, played: Played) -> Iterator[str]:
         if redis.llen(queue):
             yield f"messages wait in {queue}"
     state = site.client.journal.state(operation)
-    if state is not played.record.state:
+    if state is not played.record.state and not played.forgotten:
         yield f"the operation ended {played.record.state} and is now {state}"
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tests.chaos import faults, scenarios
 from tests.chaos.faults import Fault
-from tests.chaos.invariants import Played, violations
+from tests.chaos.invariants import Played, events_of, violations
 from tests.chaos.scenarios import ADMISSION, UNDO, Scenario
 from tests.chaos.site import PET, Site, wait_serving
 from tests.lab import LabError
@@ -97,7 +97,7 @@ def play(site: Site, what: Round) -> Verdict:
         site.relief = relief
         attempt = Attempt(site, scenario, fault, what, instance)
         record = attempt.run()
-    played = Played(scenario, fault, instance, record, attempt.logs, cancelled=what.step == UNDO)
+    played = Played(scenario, fault, instance, record, attempt.logs, what.step == UNDO, attempt.forgotten)
     if not fault:
         site.usual[scenario.name] = _durations(record, began)
     found = [*attempt.complaints, *violations(site, played), *site.supervisor.own_ends]
@@ -131,11 +131,12 @@ class Attempt:
         self.logs = site.log_offsets()
         self.hit = ""
         self._usual = site.usual.get(scenario.name, {})
-        self.asked_again = False
+        self.asked_again = self.forgotten = False
         self.complaints: list[str] = []
         self.operation = f"chaos-{what.number}-{uuid.uuid4().hex[:8]}"
         self._arguments = {**scenario.request(site.ground(instance)), "operation_id": self.operation}
         self._began = self._struck = 0.0
+        self._last: Record | None = None
 
     def run(self) -> Record:
         """Submit, strike at the moment, and wait for the end."""
@@ -178,31 +179,47 @@ class Attempt:
 
     def _strike(self) -> None:
         assert self.fault
-        record = self.site.client.journal.find(self.operation)
+        record = self._look()
         self.hit = _running_step(record) if record else "all"
         self._struck = time.time()
         self.fault.strike(self.site, self.operation)
 
+    def _look(self) -> Record | None:
+        record = self.site.client.journal.find(self.operation)
+        self._last = record or self._last
+        return record
+
     def _await_end(self) -> Record:
         deadline, missing_since = time.monotonic() + BOUND, 0.0
-        record: Record | None = None
         while time.monotonic() < deadline:
-            record = self.site.client.journal.find(self.operation)
-            if record is None:
+            if record := self._look():
+                missing_since = 0.0
+                if record.state.final:
+                    return record
+            else:
                 missing_since = missing_since or time.monotonic()
                 if time.monotonic() - missing_since > FORGOTTEN:
+                    if ended := self._ended_unseen():
+                        return ended
                     self._ask_again()
-            elif record.state.final:
-                return record
             time.sleep(0.01)
-        self.complaints.append(f"not final after {BOUND:g} s: {record.as_dict() if record else 'no record'}")
-        return record or Record(self.operation, "", {}, "", "", "", State.STUCK)
+        self.complaints.append(f"not final after {BOUND:g} s: {self._last and self._last.as_dict()}")
+        return self._last or Record(self.operation, "", {}, "", "", "", State.STUCK)
+
+    def _ended_unseen(self) -> Record | None:
+        """The operation, if it ended just before Redis forgot it."""
+        events = (event for log, offset in self.logs.items() for event in events_of(self.operation, log, offset))
+        state = next((event["state"] for event in events if event["event"] == "ended"), None)
+        self.forgotten = state is not None
+        return dataclasses.replace(self._last, state=State(state)) if self._last and state else None
 
     def _ask_again(self) -> None:
         """As a scheduler does: the same id again, which attaches to the operation or begins it anew."""
+        if self._last and any(step.state is not StepState.PENDING for step in self._last.steps.values()):
+            self.complaints.append("Redis forgot an operation that had begun, and no host remembered it")
         self.asked_again = True
         wait_serving(self.site)
-        self._submit()
+        self.site.submit(self.scenario.task, **self._arguments)
 
 
 def _steps(record: Record, key: str) -> list[StepRecord]:

@@ -1,0 +1,76 @@
+"""The suite itself: it sees what it is there to see, and the same seed plays the same rounds."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tests.chaos import faults, scenarios
+from tests.chaos.invariants import Played, executions
+from tests.chaos.rounds import combinations, drawn
+from worker.engine.record import Record, State
+
+OPERATION = "op-1"
+NOBODY = 2**22 + 1  # above the largest pid of a 64-bit Linux
+
+
+def complaints(
+    tmp_path: Path, *events: tuple[str, int, int, float], deaths: dict[int, float] | None = None
+) -> list[str]:
+    """What is said of a log that tells of these events: name, fence, pid, time."""
+    log = tmp_path / "worker.log"
+    lines = [
+        {"event": name, "operation": OPERATION, "step": "copy", "fence": fence, "pid": pid, "at": at}
+        for name, fence, pid, at in events
+    ]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = Record(OPERATION, "virtfleet.spawn", {}, "guest", "", "host", State.SUCCEEDED)
+    site: Any = SimpleNamespace(supervisor=SimpleNamespace(deaths=deaths or {}))
+    return list(executions(site, Played(scenarios.SCENARIOS[0], None, "guest", record, {log: 0})))
+
+
+def test_one_executor_after_the_other_is_fine(tmp_path: Path) -> None:
+    assert (
+        complaints(tmp_path, ("begins", 1, 10, 1), ("ends", 1, 10, 2), ("begins", 2, 11, 2), ("ends", 2, 11, 3)) == []
+    )
+
+
+def test_two_executors_at_once_are_seen(tmp_path: Path) -> None:
+    found = complaints(tmp_path, ("begins", 1, 10, 1), ("begins", 2, 11, 2), ("ends", 1, 10, 3), ("ends", 2, 11, 4))
+    assert "two executors at once" in found[0]
+
+
+def test_a_killed_executor_counts_until_its_death(tmp_path: Path) -> None:
+    events = [("begins", 1, NOBODY, 1.0), ("begins", 2, 11, 3.0), ("ends", 2, 11, 4.0)]
+    assert complaints(tmp_path, *events, deaths={NOBODY: 2.0}) == []
+    assert complaints(tmp_path, *events, deaths={NOBODY: 3.5}) != []
+
+
+def test_an_executor_that_outlives_the_others_is_seen(tmp_path: Path) -> None:
+    assert complaints(tmp_path, ("begins", 1, os.getpid(), 1), ("begins", 2, 11, 2), ("ends", 2, 11, 3)) != []
+
+
+def test_an_empty_log_proves_nothing(tmp_path: Path) -> None:
+    assert complaints(tmp_path) == ["the operation succeeded, but no log tells of an executor"]
+
+
+def test_the_same_seed_chooses_the_same_rounds() -> None:
+    choices = combinations([], [], as_root=True)
+    assert [drawn(7, number, choices) for number in range(20)] == [drawn(7, number, choices) for number in range(20)]
+    assert drawn(7, 0, choices) != drawn(8, 0, choices)
+
+
+def test_all_combinations_come_in_turn() -> None:
+    choices = combinations([], [], as_root=True)
+    rounds = [drawn(7, number, choices) for number in range(len(choices))]
+    assert {(one.operation, one.fault, one.step) for one in rounds} == set(choices)
+
+
+def test_every_fault_meets_every_operation() -> None:
+    choices = combinations([], [], as_root=True)
+    for scenario in scenarios.SCENARIOS:
+        met = {fault for operation, fault, _ in choices if operation == scenario.name}
+        assert met >= {fault.name for fault in faults.FAULTS if not fault.needs}
