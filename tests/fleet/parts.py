@@ -149,6 +149,7 @@ def _remains(fleet: Fleet) -> dict[str, Any]:
         "domains": sorted(domains(host)),
         "instances": sorted(path.name for path in (host.data / "instances").glob("*")),
         "tmp": sorted(path.name for path in (host.data / "tmp").glob("*")),
+        "copies of records": sorted(path.name for path in (host.data / "operations").glob("*")),
         "guests": [pid for pid in host.processes() if b"qemu-system" in _command_line(pid)],
     }
     for what in ("claim", "lease", "waiting", "attention"):
@@ -167,7 +168,7 @@ def clear(fleet: Fleet) -> None:
                 domain.destroy()
             with suppress(libvirt.libvirtError):
                 domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE)
-    for folder in ("instances", "tmp"):
+    for folder in ("instances", "tmp", "operations"):
         for path in (host.data / folder).glob("*"):
             subprocess.run(["rm", "-rf", str(path)], check=True)
     with fleet.redis.client() as client:

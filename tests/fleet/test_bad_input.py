@@ -81,7 +81,7 @@ def untouched(fleet: Fleet, host: LabHost) -> Iterator[None]:
     before_files, before_keys = files(host.data), redis_keys(fleet)
     yield
     assert remains(fleet) == {}
-    assert {path for path in files(host.data) - before_files if not path.startswith("operations/")} == set()
+    assert files(host.data) - before_files == set()
     new = {key for key in redis_keys(fleet) - before_keys if not key.startswith(("celery-task-meta-", "_kombu."))}
     with fleet.redis.client() as client:
         states = {key: client.hget(key, "state") for key in new if key.startswith("virtfleet:op:")}

@@ -96,18 +96,19 @@ def test_a_name_is_free_again_for_another(scheduler: Scheduler, spawn: Spawn, na
     assert spawn(name=name)["state"] == "succeeded"
 
 
-def test_a_foreign_domain_is_left_alone(
-    fleet: Fleet, host: LabHost, command: Commands, spawn: Spawn, foreign: Path, name: str
-) -> None:
-    refused = command("destroy", name, "--host=hosta")
+def test_a_foreign_domain_is_left_alone(host: LabHost, command: Commands, foreign: Path) -> None:
+    refused = command("destroy", foreign.stem, "--host=hosta")
     assert refused.returncode == 2
     assert "[not_ours]" in refused.stderr
     assert "--foreign" in refused.stderr
-    assert domains(host) == {name: True}
+    assert domains(host) == {foreign.stem: True}
     assert files(host.data / "instances") == set()
-    taken = spawn(name=name)
+
+
+def test_the_name_of_a_foreign_domain_is_taken(host: LabHost, spawn: Spawn, foreign: Path) -> None:
+    taken = spawn(name=foreign.stem)
     assert (taken["state"], taken["error"]["code"]) == ("rejected", "instance_exists")
-    assert domains(host) == {name: True}
+    assert domains(host) == {foreign.stem: True}
 
 
 def test_a_foreign_domain_goes_when_it_is_meant(

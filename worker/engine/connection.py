@@ -25,6 +25,8 @@ UNAVAILABLE = (
     redis.exceptions.BusyLoadingError,
     redis.exceptions.ReadOnlyError,
     redis.exceptions.OutOfMemoryError,
+    redis.exceptions.InvalidResponse,
+    redis.exceptions.NoPermissionError,
     OperationalError,
 )
 """What Redis answers, to us or to Celery, while it is away, loads its data, waits to be promoted, or is full."""
@@ -39,9 +41,9 @@ def connect(url: str) -> Redis:
         socket_timeout=5,
         socket_keepalive=True,
         health_check_interval=25,
-        # A pooled connection that died with its server is replaced once; more would only delay the clear error.
-        retry=Retry(NoBackoff(), 1),
-        retry_on_error=[redis.exceptions.ConnectionError],
+        # A pooled connection that died with its server is replaced once. Silence is not met again: redis-py would
+        # retry the handshake and the command each, 20 s until the clear error.
+        retry=Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,)),
     )
 
 
@@ -64,9 +66,10 @@ def translated() -> Iterator[None]:
         raise BrokerUnavailable(f"Redis at {_shown_url()} does not answer: {error}") from error
     except redis.exceptions.ResponseError as error:
         # MISCONF: its append-only file cannot be written, as when the disk is full. Nothing was changed.
-        if not str(error).startswith("MISCONF"):
+        # DB index: the number of the database in our URL is one that it does not have.
+        if not str(error).startswith(("MISCONF", "DB index")):
             raise
-        raise BrokerUnavailable(f"Redis at {_shown_url()} cannot keep anything: {error}") from error
+        raise BrokerUnavailable(f"Redis at {_shown_url()} cannot serve us: {error}") from error
 
 
 def _shown_url() -> str:
