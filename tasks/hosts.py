@@ -31,7 +31,10 @@ def sync_host(host: str) -> dict[str, Any]:
 
 
 def join(host: str) -> None:
-    """Enter a host into the registry, and what a look at it finds: versions, accelerator, instances."""
+    """Enter a host into the registry, and what a look at it finds: versions, accelerator, instances.
+
+    A host that cannot be looked at is entered all the same, so that its operations are tried. Raises `HostUnreachable`.
+    """
     settings, fleet, since = get_settings(), registry(), time.time()
     record = HostRecord(name=host, libvirt_uri=settings.uri_of(host), data_dir=str(settings.data_dir), seen_at=since)
     if not patiently(fleet.knows, host):
@@ -42,9 +45,8 @@ def join(host: str) -> None:
             patiently(fleet.replace, host, survey.instances(local, connection), since)
             found = survey.versions(connection) | survey.acceleration(local, connection)
             record = record.model_copy(update=found)
-    except FleetError as error:
-        log.warning("cannot look at the host; its operations are tried all the same", host=host, error=str(error))
-    patiently(fleet.put_host, record)
+    finally:
+        patiently(fleet.put_host, record)
 
 
 def sweep(host: str) -> None:

@@ -9,7 +9,8 @@ import structlog
 from worker.compute import accel
 from worker.compute.local import LocalHost
 from worker.compute.provision import spec_of
-from worker.models import Instance
+from worker.errors import InstanceNotFound
+from worker.models import Instance, PowerState
 from worker.virt.guest import Guest
 from worker.virt.host import Host
 
@@ -39,15 +40,18 @@ def instances(local: LocalHost, host: Host) -> list[Instance]:
 
 
 def _instance(local: LocalHost, guest: Guest) -> Instance | None:
-    owner = guest.owner()
-    if owner is None:
+    try:
+        owner, power = guest.owner(), guest.power()
+    except InstanceNotFound:  # undefined since it was listed
+        return None
+    if owner is None or power is PowerState.MISSING:
         return None
     spec = spec_of(local, str(owner.uuid))
     return Instance(
         name=owner.name,
         uuid=owner.uuid,
         host=local.name,
-        power=guest.power(),
+        power=power,
         operation=owner.operation,
         vcpus=spec.vcpus if spec else 0,
         memory_mib=spec.memory_mib if spec else 0,

@@ -15,12 +15,13 @@ from celery.exceptions import SecurityWarning
 from celery.signals import worker_ready, worker_shutting_down
 
 from worker.app import SHARED_QUEUE, app, host_queue
+from worker.engine import intervention  # noqa: F401 - makes its task, cancelling by name, known to every worker
 from worker.engine.journal import journal
 from worker.engine.metrics import serve_metrics
 from worker.engine.mirror import MirrorWatch
 from worker.engine.reaper import Reaper
 from worker.engine.registry import WorkerKind, registry
-from worker.errors import BrokerUnavailable
+from worker.errors import BrokerUnavailable, FleetError
 from worker.settings import get_settings
 
 log = structlog.get_logger(__name__)
@@ -55,7 +56,14 @@ class Heartbeat(threading.Thread):
         again = self.kind == "control" and (age > get_settings().survey_interval or not registry().knows(host))
         if again or host not in self._introduced:
             self._introduced[host] = time.monotonic()
-            threading.Thread(target=self._introduce, args=[host], name=f"introduce {host}", daemon=True).start()
+            threading.Thread(target=self._look, args=[host], name=f"introduce {host}", daemon=True).start()
+
+    def _look(self, host: str) -> None:
+        try:
+            self._introduce(host)
+        except FleetError as error:
+            log.warning("cannot look at the host; tried again at the next heartbeat", host=host, error=str(error))
+            self._introduced.pop(host, None)
 
     def stop(self) -> None:
         """Say farewell, so that nobody waits for this worker."""
