@@ -8,6 +8,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,19 +142,25 @@ def _guests(site: Site, played: Played) -> Iterator[str]:
 
 
 def _processes(site: Site, domains: dict[str, PowerState]) -> Iterator[str]:
+    """Every active domain has its QEMU, and no program that a worker had started works on without it."""
     active = sorted(name for name, power in domains.items() if power is not PowerState.OFF)
-    emulators = sorted(filter(None, map(_guest_of, site.host.processes())))
-    if emulators != active:
-        yield f"QEMU runs for {emulators}, libvirt's active domains are {active}"
+    emulators = []
+    for words in _command_lines():
+        if not any(str(site.host.data) in word for word in words):
+            continue
+        guest = next((word for word in words if word.startswith("guest=")), None)
+        if guest:
+            emulators.append(guest.removeprefix("guest=").partition(",")[0])
+        else:
+            yield f"still runs: {' '.join(words)}"
+    if sorted(emulators) != active:
+        yield f"QEMU runs for {sorted(emulators)}, libvirt's active domains are {active}"
 
 
-def _guest_of(pid: int) -> str | None:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    named = [word for word in words if word.startswith("guest=")]
-    return named[0].removeprefix("guest=").partition(",")[0] if named else None
+def _command_lines() -> Iterator[list[str]]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            yield path.read_text(errors="replace").split("\0")
 
 
 # --- what must not be left --------------------------------------------------------------------------------------------

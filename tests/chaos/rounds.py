@@ -29,13 +29,17 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Round:
-    """What is done to whom, and when: once the step has gone on for that share of the time that it takes."""
+    """What is done to whom, and when: once the step has gone on for that share of the time that it takes.
+
+    With `by_name` the request travels as a Celery task, as a scheduler sends it; else the client writes it down itself.
+    """
 
     number: int
     operation: str
     fault: str
     step: str
     share: float
+    by_name: bool = False
 
     def __str__(self) -> str:
         return f"{self.operation}: {self.fault}, {self.share:.0%} into {self.step}"
@@ -80,7 +84,8 @@ def drawn(seed: int, number: int, choices: list[tuple[str, str, str]]) -> Round:
     turn, place = divmod(number, len(choices))
     deck = random.Random(f"{seed}:{turn}").sample(choices, len(choices))
     operation, fault, step = deck[place]
-    return Round(number, operation, fault, step, random.Random(f"{seed}#{number}").random())
+    dice = random.Random(f"{seed}#{number}")
+    return Round(number, operation, fault, step, round(dice.random(), 4), by_name=dice.random() < 0.5)
 
 
 def play(site: Site, what: Round) -> Verdict:
@@ -158,8 +163,11 @@ class Attempt:
         return max(0.0, record.ended_at - self._struck - left)
 
     def _submit(self) -> None:
-        self._began = time.time()
-        self.site.submit(self.scenario.task, **self._arguments)
+        self._began = self._began or time.time()
+        if self.what.by_name:
+            self.site.send(self.scenario.task, **self._arguments)
+        else:
+            self.site.submit(self.scenario.task, **self._arguments)
 
     def _await_moment(self) -> None:
         if self.what.step == UNDO:
@@ -172,8 +180,7 @@ class Attempt:
     def _await_step(self, key: str) -> None:
         deadline = time.monotonic() + BOUND
         while time.monotonic() < deadline:
-            record = self.site.client.journal.read(self.operation)
-            if record.state.final or any(step.state is not StepState.PENDING for step in _steps(record, key)):
+            if (record := self._look()) and (record.state.final or any(map(_has_begun, _steps(record, key)))):
                 return
             time.sleep(0.001)
 
@@ -215,15 +222,19 @@ class Attempt:
 
     def _ask_again(self) -> None:
         """As a scheduler does: the same id again, which attaches to the operation or begins it anew."""
-        if self._last and any(step.state is not StepState.PENDING for step in self._last.steps.values()):
+        if self._last and any(map(_has_begun, self._last.steps.values())):
             self.complaints.append("Redis forgot an operation that had begun, and no host remembered it")
         self.asked_again = True
         wait_serving(self.site)
-        self.site.submit(self.scenario.task, **self._arguments)
+        self._submit()
 
 
 def _steps(record: Record, key: str) -> list[StepRecord]:
     return list(record.undo_steps) if key == UNDO else [record.steps[key]]
+
+
+def _has_begun(step: StepRecord) -> bool:
+    return step.state is not StepState.PENDING
 
 
 def _running_step(record: Record) -> str:

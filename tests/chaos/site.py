@@ -19,6 +19,7 @@ from tests.conftest import settings
 from tests.lab import Fleet, LabError, LabHost, guest_image, wait_until
 from tests.lab.fleet import KINDS, WorkerKind
 from tests.lab.process import Process
+from worker.app import SHARED_QUEUE, app
 from worker.client import Fleet as Client
 from worker.engine.kinds import kind_of
 from worker.engine.record import Record, State
@@ -29,8 +30,10 @@ PET = "pet"
 RESTART_SEC = 1.0
 """A supervisor, as systemd, starts an ended worker again after so long."""
 
-DATA_SIZE = "512m"
 MIB = 1024**2
+DATA_SIZE = "768m"
+IMAGE_SIZE = 48 * MIB
+"""As large as copying it takes long enough to be disturbed."""
 
 ENVIRONMENT = {
     "reaper_interval": 0.3,
@@ -146,7 +149,7 @@ class Site:
 
     def fresh_image(self) -> None:
         """Give the blank image another content, so that it has to be fetched."""
-        (self.host.images / "blank.raw").write_bytes(HALTING_MBR + os.urandom(16 * MIB - len(HALTING_MBR)))
+        (self.host.images / "blank.raw").write_bytes(HALTING_MBR + os.urandom(IMAGE_SIZE - len(HALTING_MBR)))
 
     def drop_images(self) -> None:
         """Take out of the host's cache what only this round used."""
@@ -199,6 +202,10 @@ class Site:
     def submit(self, task: str, **arguments: Any) -> str:
         """Have the fleet accept a request; the operation's id."""
         return self.client.submit(kind_of(task).request.model_validate(arguments)).id
+
+    def send(self, task: str, **arguments: Any) -> None:
+        """Ask as a scheduler does, which knows nothing but the task's name."""
+        app.send_task(task, kwargs=arguments, queue=SHARED_QUEUE, ignore_result=True)
 
     def read_markers(self) -> dict[str, bytes]:
         """What the pet has written to its disks, as it is on the host now."""
