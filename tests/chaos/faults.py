@@ -67,6 +67,25 @@ def _kill_worker(site: Site, kind: WorkerKind) -> None:
     site.supervisor.died(*pids)
 
 
+def stop_control(site: Site, operation: str) -> None:
+    _stop_worker(site, "control")
+
+
+def stop_disk(site: Site, operation: str) -> None:
+    _stop_worker(site, "disk")
+
+
+def _stop_worker(site: Site, kind: WorkerKind) -> None:
+    """As an upgrade: the worker may end its steps or hand them over, and a new one starts."""
+    worker = site.workers[kind]
+    pids = [worker.pid, *worker.children()]
+    site.supervisor.expect(*pids)
+    worker.kill(signal.SIGTERM)
+    for pid in pids:
+        wait_until(lambda pid=pid: not running(pid), 30, f"process {pid} of the {kind} worker ends")  # type: ignore[misc]
+    site.supervisor.died(*pids)
+
+
 def kill_pool_child(site: Site, operation: str) -> None:
     for pid in site.workers["disk"].children():
         kill9(pid)
@@ -87,6 +106,13 @@ def freeze_libvirtd(site: Site, operation: str) -> None:
 def kill_redis(site: Site, operation: str) -> None:
     site.fleet.redis.kill9()
     time.sleep(1)
+    site.fleet.redis.start()
+
+
+def redis_away(site: Site, operation: str) -> None:
+    """For so long that every lease runs out."""
+    site.fleet.redis.kill9()
+    time.sleep(2 * site.lease_ttl)
     site.fleet.redis.start()
 
 
@@ -219,10 +245,13 @@ OFF = frozenset({PowerState.OFF, PowerState.CRASHED})
 FAULTS = (
     Fault("SIGKILL control worker", kill_control, by_lease=True),
     Fault("SIGKILL disk worker", kill_disk, needs="disk", by_lease=True),
+    Fault("SIGTERM control worker", stop_control),
+    Fault("SIGTERM disk worker", stop_disk, needs="disk"),
     Fault("SIGKILL pool child", kill_pool_child, needs="disk", by_lease=True),
     Fault("SIGKILL libvirtd", kill_libvirtd),
     Fault("SIGSTOP libvirtd", freeze_libvirtd),
     Fault("SIGKILL Redis", kill_redis),
+    Fault("Redis away for long", redis_away),
     Fault("SIGSTOP Redis", freeze_redis),
     Fault("SIGSTOP control worker", freeze_control),
     Fault("SIGSTOP disk worker", freeze_disk, needs="disk"),

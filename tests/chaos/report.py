@@ -14,7 +14,7 @@ from tests.chaos.scenarios import ADMISSION, UNDO
 def line(verdict: Verdict) -> str:
     """One round on one line."""
     took = f"recovered in {verdict.recovery:.1f} s" if verdict.recovery is not None else f"{verdict.seconds:.1f} s"
-    remarks = ", slow" * verdict.slow + ", asked again" * verdict.asked_again
+    remarks = ", slow" * verdict.slow + ", asked again" * verdict.asked_again + ", a worker ended" * verdict.restarts
     outcome = "VIOLATED" if verdict.violations else verdict.state
     return f"{verdict.round.number:4d}  {outcome:<10} {verdict.round}: {took}{remarks}"
 
@@ -50,6 +50,8 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     again = sum(1 for verdict in verdicts if verdict.asked_again)
     if again:
         lines.append(f"{again} operations were forgotten with all of Redis before any step began, and asked for again.")
+    if restarts := sum(verdict.restarts for verdict in verdicts):
+        lines.append(f"{restarts} times a worker ended by itself as Redis went away, and was started again.")
     return "\n".join(lines)
 
 

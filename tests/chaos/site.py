@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "reaper_interval": 0.3,
     "publish_grace": 1.5,
     "heartbeat_interval": 1,
+    "stop_grace": 2,
     "reserve_bytes": 8 * MIB,
 }
 """Everything that waits waits shorter, so that a round takes seconds."""
@@ -75,16 +76,16 @@ class Supervisor(threading.Thread):
     def __init__(self, workers: dict[WorkerKind, Process]) -> None:
         super().__init__(name="supervisor", daemon=True)
         self.deaths: dict[int, float] = {}
-        self.own_ends: list[str] = []
+        self._unexpected = 0
         self._workers = workers
         self._expected: set[int] = set()
         self._ended = threading.Event()
 
     def run(self) -> None:
         while not self._ended.wait(0.1):
-            for kind, worker in self._workers.items():
+            for worker in self._workers.values():
                 if not worker.alive:
-                    self._again(kind, worker)
+                    self._again(worker)
 
     def stop(self) -> None:
         self._ended.set()
@@ -98,9 +99,14 @@ class Supervisor(threading.Thread):
         """These processes run no more."""
         self.deaths.update(dict.fromkeys(pids, time.monotonic()))
 
-    def _again(self, kind: str, worker: Process) -> None:
+    def unexpected(self) -> int:
+        """How many workers have ended by themselves since this was asked last."""
+        count, self._unexpected = self._unexpected, 0
+        return count
+
+    def _again(self, worker: Process) -> None:
         if worker.pid not in self._expected:
-            self.own_ends.append(f"the {kind} worker (pid {worker.pid}) ended by itself")
+            self._unexpected += 1
             self.died(worker.pid)
         if not self._ended.wait(RESTART_SEC):
             worker.start()
@@ -203,6 +209,14 @@ class Site:
         """Have the fleet accept a request; the operation's id."""
         return self.client.submit(kind_of(task).request.model_validate(arguments)).id
 
+    def wait_serving(self) -> None:
+        """Wait until Redis has heard of the workers that run now: one may just have been started again."""
+        wait_until(self._serves, 60, "both workers have a heartbeat", self.workers["control"].log)
+
+    def _serves(self) -> bool:
+        heard = {kind: facts["pid"] for kind, facts in self.client.registry.alive(HOST).items()}
+        return heard == {kind: worker.pid for kind, worker in self.workers.items()}
+
     def send(self, task: str, **arguments: Any) -> None:
         """Ask as a scheduler does, which knows nothing but the task's name."""
         app.send_task(task, kwargs=arguments, queue=SHARED_QUEUE, ignore_result=True)
@@ -270,8 +284,3 @@ def _sector(disk: Path, number: int, scratch: Path) -> bytes:
     place = f"driver=raw,offset={number * 512},size=512,file.driver=qcow2,file.file.filename={disk}"
     subprocess.run(["qemu-img", "convert", "-U", "--image-opts", place, "-O", "raw", str(out)], check=True)
     return out.read_bytes().rstrip(b"\0")
-
-
-def wait_serving(site: Site, timeout: float = 30) -> None:
-    """Wait until Redis has heard of both workers, as after it lost its memory."""
-    wait_until(lambda: len(site.client.registry.alive(HOST)) == 2, timeout, "both workers have a heartbeat")

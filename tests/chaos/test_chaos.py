@@ -22,6 +22,7 @@ CHOSEN = [
     ("spawn", "messages doubled", "admission", 0.0),
     ("spawn", "SIGKILL disk worker", "fetch_image", 0.5),
     ("spawn", "SIGKILL pool child", "create_disks", 0.3),
+    ("spawn", "SIGTERM disk worker", "create_disks", 0.3),
     ("spawn", "disk full", "create_disks", 0.0),
     ("spawn", "FLUSHALL", "build_seed", 0.5),
     ("spawn", "cancel", "spawn_instance", 0.5),
@@ -35,6 +36,8 @@ CHOSEN = [
     ("pause", "connections dropped", "pause", 0.3),
     ("resume", "SIGKILL Redis", "resume", 0.1),
     ("power_on", "SIGSTOP Redis", "power_on", 0.1),
+    ("pause", "Redis away for long", "pause", 0.1),
+    ("reboot", "SIGTERM control worker", "reboot", 0.3),
     ("destroy", "SIGKILL control worker", "destroy_instance", 0.5),
 ]
 
