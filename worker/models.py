@@ -16,6 +16,11 @@ from worker.settings import Accel, RootDisk
 MIB = 1024**2
 GIB = 1024**3
 MAX_USER_DATA_BYTES = MIB
+MAX_EXPLAINED = 20
+"""Mistakes told at once: a request may have thousands of fields that do not exist."""
+
+DISCREET_FIELDS = frozenset({"user_data", "network_config"})
+"""What is passed to the guest often holds passwords: shown in no message and no record."""
 
 NAME_RULE = "1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit"
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
@@ -77,17 +82,23 @@ WaitFor = Literal["running", "agent", "console"]
 def explain(error: ValidationError) -> InvalidSpec:
     """Say in plain words which fields are wrong, what was given and what is allowed."""
     found = []
-    for one in error.errors(include_url=False, include_context=False):
+    for one in error.errors(include_url=False, include_context=False)[:MAX_EXPLAINED]:
         field = ".".join(str(part) for part in one["loc"]) or "request"
         unknown = one["type"] == "extra_forbidden"
         allowed = "there is no such field" if unknown else _rule(one["msg"])
-        found.append({"field": field, "given": _short(one["input"]), "allowed": allowed})
+        given = "not shown" if field in DISCREET_FIELDS else _short(one["input"])
+        found.append({"field": _printable(field), "given": given, "allowed": allowed})
     missing = "Field required"
     lines = [
         f"{one['field']}: {one['allowed']}" + ("" if one["allowed"] == missing else f" (given: {one['given']})")
         for one in found
     ]
     return InvalidSpec("; ".join(lines), fields=found, **found[0])
+
+
+def _printable(name: str) -> str:
+    """A name that somebody made up, fit to be stored and shown: half a UTF-16 pair can be neither."""
+    return name.encode(errors="backslashreplace").decode()[:80]
 
 
 def _rule(message: str) -> str:

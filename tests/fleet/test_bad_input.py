@@ -116,3 +116,33 @@ def assert_told(message: str, words: list[str]) -> None:
     """The message has these words, whether fields are called by their names or by those of the options."""
     plain = message.replace("_", "-")
     assert [word for word in words if word.replace("_", "-") not in plain] == [], message
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param({"user_data": "\ud800"}, id="half a UTF-16 pair as user-data"),
+        pytest.param({"name": "\ud800"}, id="half a UTF-16 pair as name"),
+        pytest.param({"\ud800": 1}, id="half a UTF-16 pair as field"),
+        pytest.param({"name": "n" * 1_000_000}, id="a name of a million letters"),
+        pytest.param({f"field{number}": number for number in range(1000)}, id="a thousand unknown fields"),
+        pytest.param({"name": {"first": "a", "last": "b"}, "vcpus": [], "host": None}, id="other types"),
+    ],
+)
+@pytest.mark.usefixtures("untouched")
+def test_an_odd_request_spoils_no_listing(
+    command: Commands, scheduler: Scheduler, wanted: dict[str, Any], odd: dict[str, Any]
+) -> None:
+    record = scheduler.call("spawn", **{**wanted, **odd})
+    assert (record["state"], record["error"]["code"]) == ("rejected", "invalid_spec")
+    assert len(record["error"]["message"]) < 2000
+    for words in (("operations",), ("operations", "--json"), ("operation", record["id"])):
+        done = command(*words)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout) < 500_000
+
+
+def test_what_is_passed_to_the_guest_is_shown_in_no_refusal(scheduler: Scheduler, wanted: dict[str, Any]) -> None:
+    record = scheduler.call("spawn", **wanted, user_data="password: geheim\n" + "#" * 2**20)
+    assert record["state"] == "rejected"
+    assert "geheim" not in json.dumps(record)

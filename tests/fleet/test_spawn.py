@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -149,3 +150,16 @@ def test_twenty_spawns_of_one_image_fetch_it_once_and_all_run(
     finally:
         with ThreadPoolExecutor(20) as pool:
             list(pool.map(lambda name: scheduler.call("destroy", instance=name), names))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a bridge")
+def test_a_guest_is_attached_to_its_bridge(host: LabHost, spawn: Spawn) -> None:
+    bridge = f"vf{os.getpid()}"
+    subprocess.run(["ip", "link", "add", bridge, "type", "bridge"], check=True)
+    try:
+        record = spawn(networks=[f"bridge:{bridge}", "none"])
+        assert record["state"] == "succeeded", record["error"]
+        [attached] = virsh(host, "domiflist", record["instance"]).splitlines()
+        assert attached.split()[1:4] == ["bridge", bridge, "virtio"]
+    finally:
+        subprocess.run(["ip", "link", "delete", bridge], check=True)

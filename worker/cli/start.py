@@ -17,6 +17,9 @@ from worker.settings import get_settings
 
 def main() -> None:
     """Run the command; a setting that cannot be is a user's mistake and no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal cannot write, by its encoding or because it is no text, it shall show escaped.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     logs.configure("warning")
     try:
         get_settings()

@@ -114,8 +114,8 @@ def _head(kind: Kind[Any], asked: dict[str, Any], target: Target) -> dict[str, A
 
 
 def _named(asked: dict[str, Any]) -> Target:
-    """What a rejected request says of its target, for the record."""
-    return Target(str(asked.get("instance") or asked.get("name") or ""), "", str(asked.get("host") or ""))
+    """What a rejected request says of its target, for the record; no longer than a good one could be."""
+    return Target(str(asked.get("instance") or asked.get("name") or "")[:63], "", str(asked.get("host") or "")[:63])
 
 
 def _admit_by_name(kind: Kind[Any], task: Any, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from worker.models import DISCREET_FIELDS
+
 SCHEMA = 1
 """Version of the record's form. A worker goes on with records of its own and of the previous version."""
 
@@ -175,8 +177,8 @@ class Record:
 
 def _discreet(request: dict[str, Any]) -> dict[str, Any]:
     """What is passed to the guest often holds passwords; who reads records need not read those."""
-    hidden = {name: request[name] for name in ("user_data", "network_config") if request.get(name)}
-    return {**request, **{name: f"<{len(str(value).encode())} bytes>" for name, value in hidden.items()}}
+    hidden = {name: str(request[name]).encode(errors="replace") for name in DISCREET_FIELDS if request.get(name)}
+    return {**request, **{name: f"<{len(value)} bytes>" for name, value in hidden.items()}}
 
 
 def parse(operation_id: str, fields: dict[str, str], undo: list[str]) -> Record:

@@ -185,7 +185,7 @@ def _cleared(temporary: Path, *, keep_what_can_be_continued: bool) -> Iterator[N
     try:
         yield
     except FleetError as error:
-        goes_on = error.retryable or isinstance(error, FencedOff)
+        goes_on = (error.retryable and size_of(temporary) > 0) or isinstance(error, FencedOff)
         if not (goes_on and keep_what_can_be_continued):
             transfer.discard(temporary)
         raise
