@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from tests.chaos import faults, scenarios
+from tests.chaos.faults import Fault
 from tests.chaos.rounds import Verdict
 from tests.chaos.scenarios import ADMISSION, UNDO
 
@@ -38,21 +39,25 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     """The numbers that count."""
     violated = sum(1 for verdict in verdicts if verdict.violations)
     lines = [f"{len(verdicts)} rounds, {violated} with a violation."]
-    for fault in faults.FAULTS:
-        times = [v.recovery for v in verdicts if v.round.fault == fault.name and v.recovery is not None]
-        if times and (fault.limit or fault.by_lease):
-            slow = sum(1 for v in verdicts if v.round.fault == fault.name and v.slow)
-            wanted = "1.5 x lease TTL" if fault.by_lease else f"{fault.limit:g} s"
-            lines.append(
-                f"{fault.name}: median {median(times):.1f} s, at most {max(times):.1f} s"
-                f" (target {wanted}; {slow} of {len(times)} took longer)."
-            )
+    lines += [_speed(fault, [v for v in verdicts if v.round.fault == fault.name]) for fault in faults.FAULTS]
     again = sum(1 for verdict in verdicts if verdict.asked_again)
     if again:
         lines.append(f"{again} operations were forgotten with all of Redis before any step began, and asked for again.")
     if restarts := sum(verdict.restarts for verdict in verdicts):
         lines.append(f"{restarts} times a worker ended by itself as Redis went away, and was started again.")
-    return "\n".join(lines)
+    return "\n".join(line for line in lines if line)
+
+
+def _speed(fault: Fault, verdicts: Sequence[Verdict]) -> str:
+    """How fast it was got over, for a fault with a target."""
+    times = [verdict.recovery for verdict in verdicts if verdict.recovery is not None]
+    if not times or not (fault.limit or fault.by_lease):
+        return ""
+    slow = sum(verdict.slow for verdict in verdicts)
+    text = f"{fault.name}: recovered in {median(times):.1f} s (median), {max(times):.1f} s at most; {slow} too slow"
+    if back := [verdict.back for verdict in verdicts if verdict.back and verdict.back > 0]:
+        text += f"; the worker itself was back after {median(back):.1f} s (median), {max(back):.1f} s at most"
+    return f"{text}."
 
 
 def _steps() -> list[str]:

@@ -48,7 +48,7 @@ class Round:
 @dataclass(frozen=True)
 class Verdict:
     """How a round went. `hit` is the step that really ran when the fault struck, `recovery` the seconds from there
-    to the end of the operation, less what was left to do.
+    to the end of the operation, less what was left to do; `back` those until a killed worker had been started again.
 
     `restarts`: workers that ended by themselves. Celery 5.7 does when Redis goes away just between the delivery of a
     message and its acknowledgement; the supervisor is there for that, as systemd is in production.
@@ -62,6 +62,7 @@ class Verdict:
     slow: bool = False
     asked_again: bool = False
     restarts: int = 0
+    back: float | None = None
     violations: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -114,10 +115,13 @@ def play(site: Site, what: Round) -> Verdict:
     _clean_up(site, scenario, instance)
     seconds = (record.ended_at or time.time()) - began
     recovery = attempt.recovery(record)
-    limit = _limit(site, fault)
+    back = site.ready_since() - attempt.struck if fault and fault.by_lease else None
+    limit = _limit(site, fault, back or 0.0)
     slow = recovery is not None and limit is not None and recovery > limit
     restarts = site.supervisor.unexpected()
-    return Verdict(what, record.state.value, attempt.hit, seconds, recovery, slow, attempt.asked_again, restarts, found)
+    return Verdict(
+        what, record.state.value, attempt.hit, seconds, recovery, slow, attempt.asked_again, restarts, back, found
+    )
 
 
 def _durations(record: Record, submitted: float) -> dict[str, float]:
@@ -127,10 +131,11 @@ def _durations(record: Record, submitted: float) -> dict[str, float]:
     return {ADMISSION: ended - submitted, UNDO: sum(steps.values()) / 4, **steps}
 
 
-def _limit(site: Site, fault: Fault | None) -> float | None:
-    if fault is None:
-        return None
-    return 1.5 * site.lease_ttl if fault.by_lease else fault.limit
+def _limit(site: Site, fault: Fault | None, back: float) -> float | None:
+    """A killed worker's step goes on when its lease has run out, and not before a worker is there."""
+    if fault and fault.by_lease:
+        return max(site.lease_ttl, back) + site.lease_ttl / 2
+    return fault.limit if fault else None
 
 
 class Attempt:
@@ -145,7 +150,7 @@ class Attempt:
         self.complaints: list[str] = []
         self.operation = f"chaos-{what.number}-{uuid.uuid4().hex[:8]}"
         self._arguments = {**scenario.request(site.ground(instance)), "operation_id": self.operation}
-        self._began = self._struck = 0.0
+        self._began = self.struck = 0.0
         self._last: Record | None = None
 
     def run(self) -> Record:
@@ -161,11 +166,11 @@ class Attempt:
 
     def recovery(self, record: Record) -> float | None:
         """Seconds that the fault has cost."""
-        if not self._struck or not record.ended_at or (self.fault and self.fault.early):
+        if not self.struck or not record.ended_at or (self.fault and self.fault.early):
             return None
         left = 0.0 if self.what.fault == "cancel" else self._usual[ADMISSION]
-        left = max(0.0, left - (self._struck - self._began))
-        return max(0.0, record.ended_at - self._struck - left)
+        left = max(0.0, left - (self.struck - self._began))
+        return max(0.0, record.ended_at - self.struck - left)
 
     def _submit(self) -> None:
         self._began = self._began or time.time()
@@ -193,7 +198,7 @@ class Attempt:
         assert self.fault
         record = self._look()
         self.hit = _running_step(record) if record else "all"
-        self._struck = time.time()
+        self.struck = time.time()
         self.fault.strike(self.site, self.operation)
 
     def _look(self) -> Record | None:

@@ -213,6 +213,11 @@ class Site:
         """Wait until Redis has heard of the workers that run now: one may just have been started again."""
         wait_until(self._serves, 60, "both workers have a heartbeat", self.workers["control"].log)
 
+    def ready_since(self) -> float:
+        """When the latest of the workers was ready, in seconds since the epoch."""
+        self.wait_serving()
+        return max(float(facts["since"]) for facts in self.client.registry.alive(HOST).values())
+
     def _serves(self) -> bool:
         heard = {kind: facts["pid"] for kind, facts in self.client.registry.alive(HOST).items()}
         return heard == {kind: worker.pid for kind, worker in self.workers.items()}
