@@ -21,6 +21,7 @@ from tests.lab.process import REPOSITORY
 
 DEFAULT_TTL = 3.0
 KEEP = REPOSITORY / ".cache" / "chaos"
+BEGIN, END = "<!-- scripts/chaos -->", "<!-- end of scripts/chaos -->"
 
 
 class Rounds:
@@ -40,6 +41,11 @@ class Rounds:
                 verdict = Verdict(what, "unknown", "", 0.0, violations=[str(error)])
             with self._lock:
                 self._tell(verdict)
+
+    def stop(self) -> None:
+        """Give out no more rounds."""
+        with self._lock:
+            self._rounds = iter(())
 
     def _next(self) -> Round | None:
         with self._lock:
@@ -78,7 +84,36 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lease-ttl", type=float, default=DEFAULT_TTL, help="seconds")
     parser.add_argument("--freeze-seconds", type=float, default=20.0, help="how long libvirtd is stopped")
     parser.add_argument("--keep", type=Path, default=KEEP, help="folder for the logs of rounds that did not go well")
+    parser.add_argument(
+        "--into", type=Path, metavar="PAGE", help="put the table into this page, such as docs/reliability.md"
+    )
     return parser.parse_args(arguments)
+
+
+def play(options: argparse.Namespace, choices: list[tuple[str, str, str]]) -> list[Verdict]:
+    """Play all rounds, on several lanes; the verdicts in the order of the rounds. Ctrl-C ends it after those begun."""
+    numbers = range(options.rounds) if options.only is None else [options.only]
+    rounds = Rounds((drawn(options.seed, number, choices) for number in numbers), options)
+    with lab_folder() as folder, ExitStack() as stack, ThreadPoolExecutor(options.lanes) as pool:
+        times = {"freeze_seconds": options.freeze_seconds, "lease_ttl": options.lease_ttl}
+        lanes = [
+            stack.enter_context(Lane(folder / f"lane{number}.log", keep=options.keep, **times))
+            for number in range(min(options.lanes, len(numbers)))
+        ]
+        try:
+            list(pool.map(rounds.drive, lanes))
+        except KeyboardInterrupt:
+            print("interrupted: the rounds that are being played are played to their end", file=sys.stderr)
+        finally:
+            rounds.stop()
+    return sorted(rounds.verdicts, key=lambda verdict: verdict.round.number)
+
+
+def put_into(page: Path, text: str) -> None:
+    """Replace what stands between the page's two markers."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -88,28 +123,16 @@ def main(arguments: Sequence[str]) -> int:
     if not choices:
         print("error: no step of this operation can be hit by this fault", file=sys.stderr)
         return 2
-    numbers = range(options.rounds) if options.only is None else [options.only]
-    rounds = Rounds((drawn(options.seed, number, choices) for number in numbers), options)
     print(f"{command(options, options.only)}: {len(choices)} combinations", flush=True)
     began = time.monotonic()
-    with lab_folder() as folder, ExitStack() as stack, ThreadPoolExecutor(options.lanes) as pool:
-        lanes = [
-            stack.enter_context(
-                Lane(
-                    folder / f"lane{number}.log",
-                    freeze_seconds=options.freeze_seconds,
-                    lease_ttl=options.lease_ttl,
-                    keep=options.keep,
-                )
-            )
-            for number in range(min(options.lanes, len(numbers)))
-        ]
-        list(pool.map(rounds.drive, lanes))
-    minutes = (time.monotonic() - began) / 60
-    verdicts = sorted(rounds.verdicts, key=lambda verdict: verdict.round.number)
+    verdicts = play(options, choices)
+    took = f"{options.lanes} fleets side by side, {(time.monotonic() - began) / 60:.0f} min"
     date = time.strftime("%Y-%m-%d", time.gmtime())
-    print(f"\n{date}: {command(options, options.only)} ({options.lanes} lanes, {minutes:.0f} min)\n")
-    print(report.summary(verdicts), report.table(verdicts), sep="\n\n")
+    title = f"`{command(options, options.only)}` ({date}, {took}):"
+    text = "\n\n".join([title, report.summary(verdicts), report.table(verdicts)])
+    print(f"\n{text}")
+    if options.into:
+        put_into(options.into, text)
     failed = any(verdict.violations for verdict in verdicts)
     if failed:
         print(f"\nLogs of the violated rounds: {options.keep}", file=sys.stderr)

@@ -45,7 +45,7 @@ def summary(verdicts: Sequence[Verdict]) -> str:
         lines.append(f"{again} operations were forgotten with all of Redis before any step began, and asked for again.")
     if restarts := sum(verdict.restarts for verdict in verdicts):
         lines.append(f"{restarts} times a worker ended by itself as Redis went away, and was started again.")
-    return "\n".join(line for line in lines if line)
+    return "\n".join(f"- {line}" for line in lines if line)
 
 
 def _speed(fault: Fault, verdicts: Sequence[Verdict]) -> str:
