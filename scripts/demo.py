@@ -170,7 +170,7 @@ class User:
     def show_console(self) -> None:
         """Show what the guest has said since the last look, once user-data has spoken."""
         log = self.console_log
-        wait_until(lambda: HELLO in self._unseen(log), 120, f"the guest says: {HELLO}", log)
+        wait_until(lambda: HELLO in self._unseen(log), COMMAND_SECONDS, f"the guest says: {HELLO}", log)
         lines = [line for line in self._unseen(log).splitlines() if "virtfleet-guest" in line or HELLO in line]
         self._console_seen = log.stat().st_size
         console.print(f"\nThe guest's console [dim]({log})[/]")
@@ -331,7 +331,7 @@ def main() -> int:
     except Interrupted as interrupted:
         return int(interrupted.args[0])
     except (DemoError, LabError, OSError, subprocess.SubprocessError) as error:
-        complaints.print(f"\n[red]error:[/] {escape(str(error))}", f"\n[cyan]next:[/] {NEXT}")
+        complaints.print(f"\n[red]error:[/] {escape(str(error))}", f"[cyan]next:[/] {NEXT}", sep="\n")
         return 1
     return 0
 
