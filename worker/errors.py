@@ -60,9 +60,7 @@ class HostUnreachable(Retryable):
     """libvirtd does not answer, or the connection broke."""
 
     code = "host_unreachable"
-    default_hint = (
-        "Check that libvirtd runs there (virsh -c URI list) and that its URI is right (virtfleet hosts)."
-    )
+    default_hint = "Check that libvirtd runs there (virsh -c URI list) and that its URI is right (virtfleet hosts)."
 
 
 class StateLockBusy(Retryable):

@@ -142,5 +142,5 @@ def tell_undone(record: Record) -> None:
     for entry, step in undo:
         if step.state is not StepState.DONE:
             why = f": {escape(step.error['message'])}" if step.error else ""
-            output.complaints.print(f"  [red]Remains[/]: {entry.action} {entry.arguments} on host {entry.host}{why}")
+            output.complaints.print(f"  [red]Remains[/]: {entry.action} ({entry.subject}) on host {entry.host}{why}")
     output.complaints.print(f"  [cyan]→[/] Mend that, then: virtfleet operation retry-undo {record.id}")

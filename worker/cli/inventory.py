@@ -48,7 +48,7 @@ def hosts(ctx: typer.Context, as_json: AsJson = False) -> None:
                 str(one["instances"]),
                 one["accel"],
                 f"libvirt {one['libvirt']}, QEMU {one['qemu']}" if one["libvirt"] else "[red]libvirt unseen[/]",
-                one["libvirt_uri"],
+                one["libvirt_uri"].partition("?")[0],
             ]
             for one in found
         ]

@@ -11,7 +11,7 @@ from worker.cli import output
 from worker.cli.follow import SIGNS, follow, tell_undone
 from worker.cli.options import AsJson
 from worker.client import Fleet
-from worker.engine.record import Record, StepState
+from worker.engine.record import Record, State, StepState
 
 COLUMNS = ["id", "kind", "instance", "host", "state", "step", "submitted (UTC)", "took"]
 OperationId = Annotated[str, typer.Argument(metavar="ID", help="Id of an operation.")]
@@ -116,11 +116,10 @@ def _show(record: Record) -> None:
         for step in record.steps.values()
     ]
     output.table("", ["step", "host", "state", "attempt", "took", "last error"], rows, empty="It has no steps.")
-    if record.undo:
-        undo = zip(record.undo, record.undo_steps, strict=True)
-        lines = [[entry.action, entry.host, str(entry.arguments), step.state.value] for entry, step in undo]
-        title = "undo" if record.verdict or record.state.value != "succeeded" else "undo (was not needed)"
-        output.table(title, ["action", "host", "arguments", "state"], lines, empty="")
+    if record.undo and record.state is not State.SUCCEEDED:
+        undo = reversed(list(zip(record.undo, record.undo_steps, strict=True)))
+        lines = [[entry.action, entry.host, entry.subject, step.state.value] for entry, step in undo]
+        output.table("undo", ["action", "host", "of", "state"], lines, empty="")
     if record.error:
         output.tell(record.error, as_json=False)
         tell_undone(record)

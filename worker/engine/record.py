@@ -112,6 +112,11 @@ class UndoEntry:
     host: str
     arguments: dict[str, Any]
 
+    @property
+    def subject(self) -> str:
+        """Its arguments, for people."""
+        return ", ".join(f"{name} {value}" for name, value in self.arguments.items())
+
     def as_json(self) -> str:
         """As the journal keeps it; equal entries are equal text."""
         return json.dumps({"action": self.action, "host": self.host, "arguments": self.arguments}, sort_keys=True)
