@@ -147,6 +147,13 @@ def flush_redis(site: Site, operation: str) -> None:
     site.fleet.redis.flushall()
 
 
+def flush_and_kill(site: Site, operation: str) -> None:
+    """Nobody who remembers the operation is left: only the host's copy of its record can bring it back."""
+    _kill_worker(site, "disk")
+    _kill_worker(site, "control")
+    site.fleet.redis.flushall()
+
+
 def drop_connections(site: Site, operation: str) -> None:
     with site.fleet.redis.client() as client:
         for kind in ("normal", "pubsub"):
@@ -256,6 +263,7 @@ FAULTS = (
     Fault("SIGSTOP control worker", freeze_control),
     Fault("SIGSTOP disk worker", freeze_disk, needs="disk"),
     Fault("FLUSHALL", flush_redis),
+    Fault("FLUSHALL, SIGKILL both", flush_and_kill),
     Fault("connections dropped", drop_connections),
     Fault("messages doubled", deliver_twice, early=True),
     Fault("disk full", fill_disk, as_root=True),

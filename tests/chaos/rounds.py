@@ -22,7 +22,7 @@ BOUND = 90.0
 """Seconds within which every operation must have ended."""
 
 FORGOTTEN = 8.0
-"""Seconds after which a scheduler asks again for an operation of which nobody knows."""
+"""Seconds after which a scheduler asks again for an operation of which nobody knows, though all workers are up."""
 
 NONE = "none"
 
@@ -214,7 +214,9 @@ class Attempt:
                 if record.state.final:
                     return record
             else:
-                missing_since = missing_since or time.monotonic()
+                if not missing_since:
+                    self.site.wait_serving()  # before, nobody is there who could remember it
+                    missing_since = time.monotonic()
                 if time.monotonic() - missing_since > FORGOTTEN:
                     if ended := self._ended_unseen():
                         return ended

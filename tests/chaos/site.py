@@ -210,8 +210,8 @@ class Site:
         return self.client.submit(kind_of(task).request.model_validate(arguments)).id
 
     def wait_serving(self) -> None:
-        """Wait until Redis has heard of the workers that run now: one may just have been started again."""
-        wait_until(self._serves, 60, "both workers have a heartbeat", self.workers["control"].log)
+        """Wait until Redis has heard of the workers that run now, and of the guests."""
+        wait_until(self._serves, 60, "both workers and the guest are known", self.workers["control"].log)
 
     def ready_since(self) -> float:
         """When the latest of the workers was ready, in seconds since the epoch."""
@@ -220,7 +220,8 @@ class Site:
 
     def _serves(self) -> bool:
         heard = {kind: facts["pid"] for kind, facts in self.client.registry.alive(HOST).items()}
-        return heard == {kind: worker.pid for kind, worker in self.workers.items()}
+        serving = heard == {kind: worker.pid for kind, worker in self.workers.items()}
+        return serving and self.client.registry.find(PET) is not None
 
     def send(self, task: str, **arguments: Any) -> None:
         """Ask as a scheduler does, which knows nothing but the task's name."""
