@@ -9,6 +9,7 @@ import structlog
 from celery import chain
 
 from worker.app import app
+from worker.engine import events
 from worker.engine.canvas import Canvas, remaining, step_signature
 from worker.engine.connection import translated
 from worker.engine.decide import Clock, Decision, End, Look, Publish, TurnBack, Undo, decide
@@ -118,7 +119,7 @@ def _tell(book: Journal, operation_id: str) -> None:
         result = record.as_dict() if record else None
         with translated():
             app.backend.store_result(task_id, result, "SUCCESS")
-            _show_ended(task_id, worker, record)
+        _show_ended(task_id, worker, record)
         book.waiter_answered(operation_id, task_id, worker)
     book.forget_attention(operation_id)
 
@@ -127,10 +128,9 @@ def _show_ended(task_id: str, worker: str, record: Record | None) -> None:
     """Tell Flower how the operation behind a by-name task ended; the task itself answered long ago."""
     if record is None:
         return
-    with app.events.default_dispatcher(hostname=worker) as dispatcher:
-        if record.state is State.SUCCEEDED:
-            took = (record.ended_at or time.time()) - record.submitted_at
-            dispatcher.send("task-succeeded", uuid=task_id, result=f"{record.id} succeeded", runtime=took)
-        else:
-            message = (record.error or {}).get("message", "")
-            dispatcher.send("task-failed", uuid=task_id, exception=f"{record.id} {record.state.value}: {message}")
+    if record.state is State.SUCCEEDED:
+        took = (record.ended_at or time.time()) - record.submitted_at
+        events.tell(worker, "task-succeeded", task_id, result=f"{record.id} succeeded", runtime=took)
+    else:
+        message = (record.error or {}).get("message", "")
+        events.tell(worker, "task-failed", task_id, exception=f"{record.id} {record.state.value}: {message}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from types import TracebackType
 
 import structlog
@@ -32,6 +31,8 @@ class LeaseKeeper:
         self.lease = lease
         self._dump = patiently(journal.dump, lease.operation)
         self._mirror = Mirror()
+        self.silent = False
+        """Whether Redis did not answer the last renewal."""
         self._stop: FleetError | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"lease {lease.step}", daemon=True)
@@ -83,16 +84,15 @@ class LeaseKeeper:
             log.warning("Redis had lost this operation: restored from memory", operation=self.lease.operation)
 
     def _keep(self) -> None:
-        silent_since: float | None = None
         # A step that was told to stop keeps its lease until it has: nothing may be undone beneath it before.
         while not self._ended.wait(LISTEN) and not isinstance(self._stop, FencedOff):
             try:
                 self._renew()
-                silent_since = None
+                self.silent = False
             except BrokerUnavailable as error:
-                if silent_since is None:
-                    silent_since = time.monotonic()
+                if not self.silent:
                     log.warning("cannot renew the lease; the step goes on", step=self.lease.step, error=str(error))
+                self.silent = True
             except Exception:
                 log.exception("renewing the lease failed", step=self.lease.step, ttl=get_settings().lease_ttl)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
-from worker.engine.connection import translated
+from worker.engine import events
 from worker.engine.journal import Journal, Lease
 from worker.engine.lease import LeaseKeeper
 from worker.engine.patience import patiently
@@ -97,16 +97,19 @@ class StepContext:
         self._meter.flush()
 
     def _report(self, report: dict[str, Any]) -> None:
+        if self._keeper.silent:
+            return  # to ask a silent Redis again and again would hold the work up
         try:
             self._book.report(self.operation, self.lease.step, report)
         except BrokerUnavailable as error:
             log.debug("progress not reported", error=str(error))  # the copy goes on; the next report says more
 
     def _show(self, line: str) -> None:
+        if self._keeper.silent:
+            return
         # Flower shows `result` of a custom task event in state PROGRESS; it ignores update_state (measured).
         try:
-            with translated():
-                self._task.send_event("task-progress", result=line, retry=False)
+            events.tell(self._task.request.hostname, "task-progress", self._task.request.id, result=line)
         except BrokerUnavailable as error:
             log.debug("progress not shown in Flower", error=str(error))
 
