@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
@@ -10,6 +11,7 @@ import structlog
 from worker.app import app
 from worker.compute import survey
 from worker.compute.local import LocalHost
+from worker.compute.snapshots.watch import HoldWatch
 from worker.engine.journal import journal
 from worker.engine.patience import patiently
 from worker.engine.registry import HostRecord, registry
@@ -64,3 +66,8 @@ def sweep(host: str) -> None:
     data = local.data.create()
     for path in (*data.sweep_tmp(live), *snapshots.sweep(data, live), *Ledger(data.root).sweep(live)):
         log.info("swept a leftover", path=str(path))
+
+
+def watch_held(hosts: Sequence[str]) -> None:
+    """Let go, from now on, of guests that are frozen or paused too long for a snapshot."""
+    HoldWatch([LocalHost(host, get_settings()) for host in hosts]).start()

@@ -127,11 +127,10 @@ class BackupJob:
         with self._trying_to("forget the last job of"):
             self._guest.domain.jobStats(libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED)
 
-    def limit(self, disks: Sequence[str], bytes_per_second: int) -> None:
-        """Bound how fast the running job copies, all disks together. A disk that is done already is passed over."""
-        each = max(1, bytes_per_second // len(disks))
-        for disk in disks:
-            _set_speed(self._guest, disk, each)
+    def limit(self, bytes_per_second: Mapping[str, int]) -> None:
+        """Bound how fast each disk is copied; empty parts count, too. A disk that is done already is passed over."""
+        for disk, speed in bytes_per_second.items():
+            _set_speed(self._guest, disk, speed)
 
 
 class MirrorJob:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from worker.compute.local import LocalInstance
-from worker.compute.snapshots.taking import Taking, intent_of, note_intent
+from worker.compute.snapshots.taking import Intent, Taking, intent_of, note_intent
 from worker.errors import AgentUnresponsive, FleetError, InvalidState, QuiesceFailed
 from worker.images.layout import SnapshotDir
 from worker.models import Consistency, PowerState
@@ -47,34 +47,61 @@ class Hold:
 
 
 @contextmanager
-def frozen(taking: Taking) -> Iterator[Hold]:
-    """The guest's file systems are frozen while the block runs, as far as the request wants and the guest can.
+def held(taking: Taking, *, pause: bool = False) -> Iterator[Hold]:
+    """The guest writes nothing while the block runs: its file systems are frozen, as far as the request wants and the
+    guest can, and with `pause` its CPUs stand still; a guest that was paused stays so.
 
-    Raises QuiesceFailed when the request demands it and nothing could be frozen.
+    Raises QuiesceFailed when the request demands a freeze and nothing could be frozen.
     """
     hold = Hold()
     obstacle = _obstacle(taking)
     if obstacle:
         _accept(taking, hold, obstacle)
+    intent = Intent(
+        name=taking.instance.name,
+        uuid=taking.instance.uuid,
+        frozen=not obstacle,
+        paused=pause and taking.guest.power() is PowerState.RUNNING,
+    )
+    if not intent.frozen and not intent.paused:
         yield hold
         return
-    hold.applications = agent.freezes_applications(taking.guest)
-    taking.ctx.undo("thaw_guest", name=taking.instance.name, uuid=taking.instance.uuid)
-    note_intent(taking.folder, frozen=True)
+    _put_down(taking, intent)
     began = time.monotonic()
     try:
-        try:
-            hold.frozen = agent.freeze(taking.guest)
-        except (AgentUnresponsive, InvalidState) as error:
-            thaw(taking.instance)
-            _accept(taking, hold, error.message)
-        if taking.spec.quiesce == "require" and not hold.frozen:
-            raise QuiesceFailed(f"the agent of {taking.guest.name} froze no file system: none is mounted from a disk")
+        if intent.frozen:
+            _freeze(taking, hold)
+        if intent.paused:
+            taking.guest.pause()
         yield hold
     finally:
-        thaw(taking.instance)
+        release(taking.instance, intent)
         hold.seconds = time.monotonic() - began
+        noted = intent_of(taking.folder)
         taking.folder.intent.unlink(missing_ok=True)
+    if noted is not None and noted.released:
+        hold.frozen = 0
+        _accept(taking, hold, f"it was let go of after {hold.seconds:.0f} s, perhaps before the instant")
+
+
+def _put_down(taking: Taking, intent: Intent) -> None:
+    arguments = {"name": intent.name, "uuid": intent.uuid}
+    if intent.frozen:
+        taking.ctx.undo("thaw_guest", **arguments)
+    if intent.paused:
+        taking.ctx.undo("resume_guest", **arguments)  # undone first: the agent of a paused guest cannot thaw
+    note_intent(taking.folder, intent)
+
+
+def _freeze(taking: Taking, hold: Hold) -> None:
+    hold.applications = agent.freezes_applications(taking.guest)
+    try:
+        hold.frozen = agent.freeze(taking.guest)
+    except (AgentUnresponsive, InvalidState) as error:
+        thaw(taking.instance)  # it may have frozen some, or may do so yet
+        _accept(taking, hold, error.message)
+    if taking.spec.quiesce == "require" and not hold.frozen:
+        raise QuiesceFailed(f"the agent of {taking.guest.name} froze no file system: none is mounted from a disk")
 
 
 def _obstacle(taking: Taking) -> str:
@@ -92,29 +119,20 @@ def _accept(taking: Taking, hold: Hold, obstacle: str) -> None:
     hold.note = f"not frozen: {obstacle}"
 
 
-@contextmanager
-def paused(taking: Taking) -> Iterator[None]:
-    """The guest's CPUs stand still while the block runs; one that was paused stays so."""
-    if taking.guest.power() is not PowerState.RUNNING:
-        yield
-        return
-    taking.ctx.undo("resume_guest", name=taking.instance.name, uuid=taking.instance.uuid)
-    note_intent(taking.folder, **intent_of(taking.folder), paused=True)
-    try:
-        taking.guest.pause()
-        yield
-    finally:
-        resume(taking.instance)
-
-
 def let_go(instance: LocalInstance, folder: SnapshotDir) -> None:
     """Thaw and resume a guest that a dead attempt may have left held."""
     intent = intent_of(folder)
-    if intent.get("paused"):
-        resume(instance)
-    if intent.get("frozen"):
+    if intent is not None:
+        release(instance, intent)
+        folder.intent.unlink(missing_ok=True)
+
+
+def release(instance: LocalInstance, intent: Intent) -> None:
+    """Take back what was done to the guest."""
+    if intent.paused:
+        resume(instance)  # first: a paused guest's agent cannot thaw
+    if intent.frozen:
         thaw(instance)
-    folder.intent.unlink(missing_ok=True)
 
 
 def thaw(instance: LocalInstance) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from worker.compute.local import LocalInstance
 from worker.compute.snapshots import chain, cold
 from worker.compute.snapshots.clean import abandon
-from worker.compute.snapshots.holding import Hold, frozen, let_go, paused
+from worker.compute.snapshots.holding import Hold, held, let_go
 from worker.compute.snapshots.taking import Taking, format_of, now, taking
 from worker.context import Context
 from worker.errors import (
@@ -77,15 +77,15 @@ def _begin_backup(this: Taking, job: BackupJob) -> Taken:
     disks = _make_targets(this)
     targets = [BlockTarget(disk.target, disk.path, disk.format) for disk in disks]
     chain.sweep(this.guest, this.instance.local.data)
-    link = chain.continue_from(this)
-    with frozen(this) as hold:
+    link, speeds = chain.continue_from(this), _speeds(this)
+    with held(this) as hold:
         try:
             job.begin(targets, since=link.since, checkpoint=link.checkpoint)
         except CheckpointMissing as error:
             link = chain.broken(link, error.message)
             job.begin(targets, checkpoint=link.checkpoint)
         moment, power = now(), this.guest.power()
-        _limit(this, job)
+        job.limit(speeds)
     taken = Taken(
         method="backup",
         taken_at=moment,
@@ -111,11 +111,6 @@ def _make_targets(this: Taking) -> tuple[TakenDisk, ...]:
     return disks
 
 
-def _limit(this: Taking, job: BackupJob) -> None:
-    if this.spec.bytes_per_second:
-        job.limit(this.targets, this.spec.bytes_per_second)
-
-
 def _achieved(hold: Hold, *notes: str) -> dict[str, object]:
     return {
         "consistency": hold.consistency,
@@ -135,26 +130,23 @@ def _by_mirror(this: Taking) -> Taken:
     jobs = [MirrorJob(this.guest, disk) for disk in this.targets]
     if [job.target() for job in jobs] != [this.folder.taken(disk) for disk in this.targets]:
         abandon(this.guest, this.folder, this.ctx)
+        speeds = _speeds(this)
         for disk, job in zip(this.disks, jobs, strict=True):
-            _begin_mirror(this, disk, job)
+            _begin_mirror(this, disk, job, speeds.get(disk.target))
     _follow(this, lambda: _total(jobs), lambda: all(job.is_ready() for job in jobs) or _require_mirrors(this, jobs))
-    with frozen(this) as hold:
-        began = time.monotonic()
-        power = this.guest.power()
-        if len(jobs) > 1:
-            with paused(this):
-                _end(jobs)
-        else:
-            _end(jobs)
+    power = this.guest.power()
+    # Mirrors end one after the other: only a guest that stands still has all its disks at one instant.
+    with held(this, pause=len(jobs) > 1) as hold:
+        for job in jobs:
+            job.end()
         moment = now()
-        hold.seconds = hold.seconds or time.monotonic() - began
     disks = tuple(this.taken_disk(disk, this.folder.taken(disk.target), "qcow2") for disk in this.disks)
     taken = Taken(method="mirror", taken_at=moment, power=power, **_achieved(hold), disks=disks)
     this.remember(taken)
     return taken
 
 
-def _begin_mirror(this: Taking, disk: GuestDisk, job: MirrorJob) -> None:
+def _begin_mirror(this: Taking, disk: GuestDisk, job: MirrorJob, limit: int | None) -> None:
     path = this.folder.taken(disk.target)
     size = qemu_img.info(disk.path, format_of(disk)).virtual_size
     if disk.backing:
@@ -162,13 +154,7 @@ def _begin_mirror(this: Taking, disk: GuestDisk, job: MirrorJob) -> None:
         qemu_img.create_overlay(path, disk.backing, backing_format, size)
     else:
         qemu_img.create(path, "qcow2", size)
-    limit = this.spec.bytes_per_second
-    job.begin(path, limit // len(this.disks) if limit else None)
-
-
-def _end(jobs: Sequence[MirrorJob]) -> None:
-    for job in jobs:
-        job.end()
+    job.begin(path, limit)
 
 
 def _total(jobs: Sequence[MirrorJob]) -> JobProgress:
@@ -204,3 +190,11 @@ def _follow(this: Taking, progress: Callable[[], JobProgress | None], ended: Cal
         if time.monotonic() - moved_at > stall:
             raise Stalled(f"the copy of {this.guest.name} has moved nothing for {stall:g} s", seconds=stall)
         time.sleep(POLL)
+
+
+def _speeds(this: Taking) -> dict[str, int]:
+    """The limit, shared out by size so that all disks are done at about the same time. Bytes per second."""
+    if not this.spec.bytes_per_second:
+        return {}
+    sizes = {disk.target: qemu_img.info(disk.path, format_of(disk)).virtual_size for disk in this.disks}
+    return {disk: max(1, this.spec.bytes_per_second * size // sum(sizes.values())) for disk, size in sizes.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from worker.errors import InvalidSpec, SnapshotExists, UnsupportedByHost
 from worker.images import qemu_img, snapshots
 from worker.images.files import write_text_durably
 from worker.images.layout import SnapshotDir
-from worker.models import DiskFormat, GuestDisk, Snapshot, SnapshotSpec, Taken, TakenDisk
+from worker.models import DiskFormat, Frozen, GuestDisk, Snapshot, SnapshotSpec, Taken, TakenDisk
 from worker.virt.domain_xml import parse_nvram
 from worker.virt.guest import Guest
 from worker.virt.host import Host
@@ -119,14 +118,24 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def note_intent(folder: SnapshotDir, **intent: bool) -> None:
+class Intent(Frozen):
+    """What is being done to a guest that must be taken back; `released` when somebody else has done so."""
+
+    name: str
+    uuid: str
+    frozen: bool = False
+    paused: bool = False
+    released: bool = False
+
+
+def note_intent(folder: SnapshotDir, intent: Intent) -> None:
     """Put down what is about to be done to the guest, for whoever has to take it back."""
-    write_text_durably(folder.intent, json.dumps(intent))
+    write_text_durably(folder.intent, intent.model_dump_json())
 
 
-def intent_of(folder: SnapshotDir) -> dict[str, bool]:
-    """What a dead attempt may have left done to the guest."""
+def intent_of(folder: SnapshotDir) -> Intent | None:
+    """What is being done to the guest, or what a dead attempt may have left done to it."""
     try:
-        return dict(json.loads(folder.intent.read_text()))
-    except (FileNotFoundError, ValueError):
-        return {}
+        return Intent.model_validate_json(folder.intent.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
