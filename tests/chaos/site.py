@@ -279,7 +279,7 @@ class Site:
     def drop_snapshots(self) -> None:
         """Delete all of them, by undisturbed operations."""
         for snapshot in reversed(self.published()):
-            wait_serving(self)
+            self.wait_serving()
             self.client.sync(HOST)
             self.run("virtfleet.snapshot_delete", snapshot=snapshot.id)
 
