@@ -43,6 +43,7 @@ class Played:
     cancelled: bool = False
     forgotten: bool = False
     boots: int | None = None
+    checkpoints: frozenset[str] = frozenset()
 
 
 def violations(site: Site, played: Played) -> list[str]:
@@ -228,8 +229,10 @@ def _snapshots(site: Site, played: Played) -> Iterator[str]:
     yield from (f"left behind: {path}" for path in left)
     if site.frozen():
         yield "the guest is frozen"
-    known = {one.checkpoint for one in published}
-    yield from (f"a checkpoint of no snapshot: {name}" for name in site.checkpoints() if name not in known)
+    # libvirt cannot delete the checkpoint of a guest that is off: it goes with the next snapshot.
+    known = {one.checkpoint for one in published} | played.checkpoints
+    if site.power(PET) is not PowerState.OFF:
+        yield from (f"a checkpoint of no snapshot: {name}" for name in site.checkpoints() if name not in known)
     boots = played.boots is not None and site.boots() - played.boots
     if boots and played.scenario.task == "virtfleet.snapshot":
         yield "the guest has lost its memory: it booted again"

@@ -103,12 +103,14 @@ def play(site: Site, what: Round) -> Verdict:
         if undisturbed.violations:
             raise LabError(f"without any fault: {undisturbed.violations}")
     instance = _prepare(site, scenario)
-    began, boots = time.time(), site.boots()
+    began, boots, checkpoints = time.time(), site.boots(), frozenset(site.checkpoints())
     with ExitStack() as relief:
         site.relief = relief
         attempt = Attempt(site, scenario, fault, what, instance)
         record = attempt.run()
-    played = Played(scenario, fault, instance, record, attempt.logs, what.step == UNDO, attempt.forgotten, boots)
+    played = Played(
+        scenario, fault, instance, record, attempt.logs, what.step == UNDO, attempt.forgotten, boots, checkpoints
+    )
     if not fault:
         site.usual[scenario.name] = _durations(record, began)
     found = [*attempt.complaints, *violations(site, played)]

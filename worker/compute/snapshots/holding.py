@@ -67,6 +67,7 @@ def held(taking: Taking, *, pause: bool = False) -> Iterator[Hold]:
         yield hold
         return
     _put_down(taking, intent)
+    hold.applications = intent.frozen and agent.freezes_applications(taking.guest)
     began = time.monotonic()
     try:
         if intent.frozen:
@@ -94,7 +95,6 @@ def _put_down(taking: Taking, intent: Intent) -> None:
 
 
 def _freeze(taking: Taking, hold: Hold) -> None:
-    hold.applications = agent.freezes_applications(taking.guest)
     try:
         hold.frozen = agent.freeze(taking.guest)
     except (AgentUnresponsive, InvalidState) as error:
