@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
@@ -10,10 +11,13 @@ import structlog
 from worker.app import app
 from worker.compute import survey
 from worker.compute.local import LocalHost
+from worker.compute.snapshots.watch import HoldWatch
 from worker.engine.journal import journal
 from worker.engine.patience import patiently
 from worker.engine.registry import HostRecord, registry
 from worker.errors import FleetError
+from worker.images import snapshots
+from worker.images.reserve import Ledger
 from worker.settings import get_settings
 
 log = structlog.get_logger(__name__)
@@ -25,9 +29,14 @@ def sync_host(host: str) -> dict[str, Any]:
     local = LocalHost(host, get_settings())
     since = time.time()
     with local.libvirt() as connection:
-        present = survey.instances(local, connection)
-        registry().replace(host, present, since)
-        return {"host": host, "instances": [instance.model_dump(mode="json") for instance in present]}
+        present, published = survey.instances(local, connection), survey.snapshots(local)
+    registry().replace(host, present, since)
+    registry().replace_snapshots(host, published, since)
+    return {
+        "host": host,
+        "instances": [instance.model_dump(mode="json") for instance in present],
+        "snapshots": [snapshot.model_dump(mode="json") for snapshot in published],
+    }
 
 
 def join(host: str) -> None:
@@ -43,6 +52,7 @@ def join(host: str) -> None:
     try:
         with local.libvirt() as connection:
             patiently(fleet.replace, host, survey.instances(local, connection), since)
+            patiently(fleet.replace_snapshots, host, survey.snapshots(local), since)
             found = survey.versions(connection) | survey.acceleration(local, connection)
             record = record.model_copy(update=found)
     finally:
@@ -53,5 +63,11 @@ def sweep(host: str) -> None:
     """Remove temporary files of operations that are over."""
     local = LocalHost(host, get_settings())
     live = {record.id for record in patiently(journal().latest, 100_000, unfinished=True)}
-    for path in local.data.create().sweep_tmp(live):
+    data = local.data.create()
+    for path in (*data.sweep_tmp(live), *snapshots.sweep(data, live), *Ledger(data.root).sweep(live)):
         log.info("swept a leftover", path=str(path))
+
+
+def watch_held(hosts: Sequence[str]) -> None:
+    """Let go, from now on, of guests that are frozen or paused too long for a snapshot."""
+    HoldWatch([LocalHost(host, get_settings()) for host in hosts]).start()

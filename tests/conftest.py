@@ -16,7 +16,6 @@ from worker.engine.journal import Journal
 from worker.engine.journal import journal as journal_of_process
 from worker.settings import get_settings
 
-
 # How long an example takes says how busy the machine is, and nothing about the code.
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("busy")

@@ -95,6 +95,12 @@ class HandedOver(Retryable):
     code = "handed_over"
 
 
+class JobLost(Retryable):
+    """A job in the guest is gone, and nobody can say how it ended; it is begun anew."""
+
+    code = "job_lost"
+
+
 class OutOfMemory(Retryable):
     """The host had no memory to start the guest with."""
 
@@ -169,6 +175,26 @@ class ChecksumMismatch(BadInput):
     code = "checksum_mismatch"
 
 
+class SnapshotNotFound(BadInput):
+    """No snapshot of that id is known."""
+
+    code = "snapshot_not_found"
+    default_hint = "List what there is with: virtfleet snapshots   (rebuild the list with: virtfleet hosts sync)"
+
+
+class SnapshotExists(BadInput):
+    """A snapshot of that id is there already, and it is another one."""
+
+    code = "snapshot_exists"
+    default_hint = "A snapshot is called like its operation: choose another operation id."
+
+
+class SnapshotInUse(BadInput):
+    """Later snapshots hold only what changed since this one. `details`: used_by."""
+
+    code = "snapshot_in_use"
+
+
 class NetworkNotFound(BadInput):
     """The host has no such bridge or libvirt network, or it is not active."""
 
@@ -225,6 +251,27 @@ class AgentUnresponsive(Permanent):
 
     code = "agent_unresponsive"
     default_hint = "Install qemu-guest-agent in the guest and start it."
+
+
+class QuiesceFailed(Permanent):
+    """The guest's file systems could not be frozen, and the request demanded it."""
+
+    code = "quiesce_failed"
+    default_hint = "Look at the guest agent in the guest, or ask with --quiesce auto for what can be had."
+
+
+class CheckpointMissing(Permanent):
+    """The guest's disks no longer say what changed since the last snapshot."""
+
+    code = "checkpoint_missing"
+    default_hint = "Take a full snapshot: it begins a new chain."
+
+
+class SnapshotDamaged(Permanent):
+    """A snapshot's file is not what it must be; it was not published."""
+
+    code = "snapshot_damaged"
+    default_hint = "Look at the host's storage and log, and take it again."
 
 
 class DomainRejected(Permanent):

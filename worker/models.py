@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Annotated, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from worker.errors import InvalidSpec
 from worker.settings import Accel, RootDisk
@@ -166,6 +175,18 @@ class DiskSet(Frozen):
     disks: tuple[Disk, ...]
 
 
+class GuestDisk(Frozen):
+    """A disk as a domain has it, the fleet's or not; `role` is empty where it is not the fleet's."""
+
+    target: str
+    path: Path
+    format: str
+    backing: Path | None = None
+    backing_format: str | None = None
+    role: str = ""
+    readonly: bool = False
+
+
 class BaseImage(Frozen):
     """An image in a host's cache: immutable, inspected, standalone. Sizes in bytes."""
 
@@ -174,6 +195,120 @@ class BaseImage(Frozen):
     format: DiskFormat
     virtual_size: int
     actual_size: int
+
+
+Quiesce = Literal["auto", "require", "never"]
+Consistency = Literal["application", "filesystem", "crash"]
+DiskTarget = Annotated[str, StringConstraints(pattern=r"^[a-z]{1,8}$")]
+
+
+class SnapshotSpec(Frozen):
+    """How a snapshot is to be taken. No `disks`: all that the guest can write to."""
+
+    method: Literal["auto", "backup", "mirror", "cold"] = "auto"
+    disks: tuple[DiskTarget, ...] = Field((), max_length=64)
+    quiesce: Quiesce = "auto"
+    format: DiskFormat = "qcow2"
+    compress: Literal["zstd", "zlib"] | None = None
+    limit_mib: Annotated[int, Field(ge=1, le=1024 * 1024)] | None = None
+    incremental: bool = False
+    full: bool = False
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SnapshotSpec:
+        if self.compress and self.format != "qcow2":
+            raise ValueError("compress: allowed: only with format qcow2")
+        if self.incremental and (self.format != "qcow2" or self.method not in {"auto", "backup"}):
+            raise ValueError("incremental: allowed: only with format qcow2 and method auto or backup")
+        if self.incremental and self.compress:
+            raise ValueError("incremental: allowed: only without compress")
+        if self.full and not self.incremental:
+            raise ValueError("full: allowed: only with incremental, to begin a new chain")
+        if self.method == "cold" and self.quiesce == "require":
+            raise ValueError("quiesce: allowed: auto or never, when method is cold: its guest cannot thaw while saved")
+        return self
+
+    @property
+    def bytes_per_second(self) -> int | None:
+        """The limit on copying."""
+        return self.limit_mib * MIB if self.limit_mib else None
+
+
+class Moment(Frozen):
+    """The instant a snapshot shows, and what was achieved at it. Seconds."""
+
+    method: Literal["backup", "mirror", "cold"]
+    taken_at: AwareDatetime
+    power: PowerState
+    consistency: Consistency
+    frozen_filesystems: int = 0
+    held_seconds: float = 0.0
+    """How long the guest was kept from writing: frozen, paused, or (cold) until its memory was saved."""
+    parent: str | None = None
+    checkpoint: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class TakenDisk(Frozen):
+    """A disk's content on its way into a snapshot."""
+
+    target: str
+    role: str
+    path: Path
+    format: DiskFormat
+    virtual_size: int
+
+
+class Taken(Moment):
+    """What was caught at the instant, and where it lies until it is published."""
+
+    disks: tuple[TakenDisk, ...]
+
+
+class SnapshotDisk(Frozen):
+    """A disk of a published snapshot; `backing` is the snapshot that holds what did not change since."""
+
+    target: str
+    role: str
+    file: str
+    format: DiskFormat
+    virtual_size: int
+    actual_size: int
+    sha256: Sha256
+    backing: str | None = None
+
+
+class Snapshot(Moment):
+    """A published snapshot: its manifest.json. Sizes in bytes."""
+
+    version: Literal[1] = 1
+    id: str
+    instance: str
+    instance_uuid: UUID
+    host: str
+    spec: InstanceSpec | None
+    definition: str
+    """The guest's libvirt XML."""
+    nvram: str | None = None
+    """File with the UEFI variables."""
+    disks: tuple[SnapshotDisk, ...]
+
+
+class SnapshotEntry(Frozen):
+    """An entry of the registry: which snapshot lies where. Sizes in bytes, all disks together."""
+
+    id: str
+    instance: str
+    instance_uuid: UUID
+    host: str
+    taken_at: AwareDatetime
+    method: str
+    consistency: Consistency
+    parent: str | None
+    disks: tuple[str, ...]
+    virtual_size: int
+    actual_size: int
+    updated_at: float = 0.0
 
 
 class Owner(Frozen):

@@ -42,13 +42,15 @@ class Played:
     logs: dict[Path, int]
     cancelled: bool = False
     forgotten: bool = False
+    boots: int | None = None
+    checkpoints: frozenset[str] = frozenset()
 
 
 def violations(site: Site, played: Played) -> list[str]:
     """Everything that does not hold; what may still be on its way gets a moment."""
     found = [*_ending(played), *executions(site, played)]
     deadline = time.monotonic() + SETTLE
-    while unsettled := [*_guests(site, played), *_leftovers(site, played)]:
+    while unsettled := [*_guests(site, played), *_leftovers(site, played), *_snapshots(site, played)]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.2)
@@ -209,6 +211,31 @@ def _records(site: Site, played: Played) -> Iterator[str]:
     state = site.client.journal.state(operation)
     if state is not played.record.state and not played.forgotten:
         yield f"the operation ended {played.record.state} and is now {state}"
+
+
+# --- snapshots --------------------------------------------------------------------------------------------------------
+
+
+def _snapshots(site: Site, played: Played) -> Iterator[str]:
+    """A snapshot is there as a whole or not at all, and the guest it was taken of has not noticed."""
+    wanted = played.scenario.task == "virtfleet.snapshot" and played.record.state is State.SUCCEEDED
+    published = site.published()
+    if [one.id for one in published] != ([played.record.id] if wanted else []):
+        yield f"published: {[one.id for one in published]}; the operation {played.record.state}"
+    for one in published:
+        yield from site.snapshot_complaints(one)
+    data = site.host.data
+    left = [*data.glob("snapshots/.*"), *data.glob("reserved/*")]
+    yield from (f"left behind: {path}" for path in left)
+    if site.frozen():
+        yield "the guest is frozen"
+    # libvirt cannot delete the checkpoint of a guest that is off: it goes with the next snapshot.
+    known = {one.checkpoint for one in published} | played.checkpoints
+    if site.power(PET) is not PowerState.OFF:
+        yield from (f"a checkpoint of no snapshot: {name}" for name in site.checkpoints() if name not in known)
+    boots = played.boots is not None and site.boots() - played.boots
+    if boots and played.scenario.task == "virtfleet.snapshot":
+        yield "the guest has lost its memory: it booted again"
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

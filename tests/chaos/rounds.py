@@ -81,7 +81,7 @@ def combinations(operations: list[str], kinds: list[str], *, as_root: bool) -> l
 
 
 def _makes_sense(scenario: Scenario, fault: Fault, step: str) -> bool:
-    disk = scenario.name.startswith("spawn") and step not in {"spawn_instance", "wait_ready", UNDO}
+    disk = scenario.name.startswith(("spawn", "snapshot")) and step not in scenarios.CONTROL_STEPS
     return (not fault.needs or disk) and not (step == UNDO and fault.name == "cancel")
 
 
@@ -103,12 +103,14 @@ def play(site: Site, what: Round) -> Verdict:
         if undisturbed.violations:
             raise LabError(f"without any fault: {undisturbed.violations}")
     instance = _prepare(site, scenario)
-    began = time.time()
+    began, boots, checkpoints = time.time(), site.boots(), frozenset(site.checkpoints())
     with ExitStack() as relief:
         site.relief = relief
         attempt = Attempt(site, scenario, fault, what, instance)
         record = attempt.run()
-    played = Played(scenario, fault, instance, record, attempt.logs, what.step == UNDO, attempt.forgotten)
+    played = Played(
+        scenario, fault, instance, record, attempt.logs, what.step == UNDO, attempt.forgotten, boots, checkpoints
+    )
     if not fault:
         site.usual[scenario.name] = _durations(record, began)
     found = [*attempt.complaints, *violations(site, played)]
@@ -261,6 +263,8 @@ def _prepare(site: Site, scenario: Scenario) -> str:
     """Bring the operation's instance into its first state; its name."""
     if scenario.subject == "pet":
         site.bring(PET, scenario.before)
+        if scenario.task == "virtfleet.snapshot":
+            site.wait_booted()
         return PET
     site.fresh_image()
     name = f"g{uuid.uuid4().hex[:6]}"
@@ -274,3 +278,4 @@ def _clean_up(site: Site, scenario: Scenario, instance: str) -> None:
         site.wait_serving()
         site.run("virtfleet.destroy", instance=instance, host=site.host.name)
     site.drop_images()
+    site.drop_snapshots()

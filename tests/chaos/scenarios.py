@@ -88,6 +88,27 @@ def _spawn(image: str, **arguments: Any) -> Callable[[Ground], dict[str, Any]]:
     return request
 
 
+def _snapshot(name: str, *steps: str, cancel_at: str = "extract_snapshot", **arguments: Any) -> Scenario:
+    """A row for a way of taking a snapshot of the guest that writes all the time."""
+    return Scenario(
+        name=f"snapshot {name}",
+        task="virtfleet.snapshot",
+        subject="pet",
+        before=RUNNING,
+        after=RUNNING,
+        undone=frozenset({RUNNING}),
+        steps=steps,
+        request=lambda ground: {"instance": ground.instance, **arguments},
+        cancel_at=cancel_at,
+        needs_space=True,
+    )
+
+
+LIVE = ("reserve_space", "live_snapshot", "extract_snapshot", "publish_snapshot")
+COLD = ("reserve_space", "note_power", "managed_save", "extract_snapshot", "restore_power", "publish_snapshot")
+CONTROL_STEPS = frozenset({"spawn_instance", "wait_ready", "note_power", "restore_power", UNDO})
+"""Steps of operations with copies that are no copies themselves."""
+
 PROVISION = ("fetch_image", "create_disks", "build_seed", "spawn_instance", "wait_ready")
 READY = {"wait_for": "console", "console_line": "virtfleet-guest ready", "memory_mib": 256}
 IMPATIENT = {"timeout": 1.5, "retry_interval": 0.5}
@@ -132,6 +153,10 @@ SCENARIOS = (
         steps=("destroy_instance",),
         request=lambda ground: {"instance": ground.instance},
     ),
+    _snapshot("by backup", *LIVE, cancel_at="live_snapshot", method="backup", quiesce="require", limit_mib=200),
+    _snapshot("by mirror", *LIVE, method="mirror", compress="zstd", limit_mib=50),
+    _snapshot("incremental", *LIVE, incremental=True),
+    _snapshot("cold", *COLD, method="cold"),
 )
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

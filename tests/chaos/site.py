@@ -3,6 +3,7 @@ client."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import libvirt
+import libvirt_qemu
 
 from tests.chaos.scenarios import Ground
 from tests.conftest import settings
@@ -23,7 +25,10 @@ from worker.app import SHARED_QUEUE, app
 from worker.client import Fleet as Client
 from worker.engine.kinds import kind_of
 from worker.engine.record import Record, State
-from worker.models import PowerState
+from worker.images import snapshots
+from worker.images.checksum import sha256_of
+from worker.images.layout import DataDir
+from worker.models import PowerState, Snapshot
 
 HOST = "chaos"
 PET = "pet"
@@ -45,6 +50,9 @@ ENVIRONMENT = {
 """Everything that waits waits shorter, so that a round takes seconds."""
 
 MARKED = "chaos disks marked"
+COUNTER = 80 * MIB // 512
+"""Where on both disks the guest counts what it writes, in sectors."""
+
 # A marker is written once and never again: one that was lost would be seen as another one.
 USER_DATA = f"""#!/bin/sh
 mark() {{
@@ -53,6 +61,18 @@ mark() {{
 }}
 mark vda {64 * MIB // 512}
 mark vdb 0
+mkdir /data
+blkid /dev/vdc >/dev/null || mkfs.ext4 -q /dev/vdc
+mount /dev/vdc /data
+# Writes all the time, to two disks in turn; a snapshot shows both within one write.
+(n=0; while :; do
+  n=$((n + 1))
+  for disk in vda vdb; do
+    printf '%016d' $n | dd of=/dev/$disk bs=512 seek={COUNTER} conv=notrunc,fsync 2>/dev/null
+  done
+  echo $n >/data/n
+  sleep 0.05
+done) &
 echo "{MARKED}"
 """
 
@@ -236,6 +256,64 @@ class Site:
             "ephemeral": _sector(folder / "ephemeral0.qcow2", 0, self.folder),
         }
 
+    def published(self) -> list[Snapshot]:
+        """The snapshots that lie on the host."""
+        return snapshots.every(DataDir(self.host.data))
+
+    def snapshot_complaints(self, snapshot: Snapshot) -> Iterator[str]:
+        """What is wrong with the content of a published snapshot."""
+        folder = DataDir(self.host.data).snapshot(snapshot.id).path
+        for disk in snapshot.disks:
+            if sha256_of(folder / disk.file) != disk.sha256:
+                yield f"{snapshot.id}: the checksum of {disk.target} is wrong"
+        disks = {disk.target: folder / disk.file for disk in snapshot.disks}
+        marks = {
+            "root": _sector(disks["vda"], 64 * MIB // 512, self.folder),
+            "ephemeral": _sector(disks["vdb"], 0, self.folder),
+        }
+        if marks != self.markers:
+            yield f"{snapshot.id} holds {marks}, not {self.markers}"
+        first, second = (int(_sector(disks[disk], COUNTER, self.folder)[:16]) for disk in ("vda", "vdb"))
+        if first - second not in {0, 1}:
+            yield f"{snapshot.id} shows two moments: write {first} on one disk, {second} on the other"
+
+    def drop_snapshots(self) -> None:
+        """Delete all of them, by undisturbed operations."""
+        for snapshot in reversed(self.published()):
+            self.wait_serving()
+            self.client.sync(HOST)
+            self.run("virtfleet.snapshot_delete", snapshot=snapshot.id)
+
+    def checkpoints(self) -> list[str]:
+        """Names of the pet's checkpoints."""
+        with self._connected() as connection:
+            return [str(one.getName()) for one in connection.lookupByName(PET).listAllCheckpoints()]
+
+    def boots(self) -> int:
+        """How often the pet has booted."""
+        return self._console().count("virtfleet-guest booting")
+
+    def wait_booted(self) -> None:
+        """Wait until the pet, if it runs, has booted and writes."""
+        if self.power(PET) is PowerState.RUNNING:
+            wait_until(lambda: self._console().count(MARKED) >= self.boots(), 60, "the guest has booted")
+
+    def _console(self) -> str:
+        uuid = str(self.client.registry.require(PET).uuid)
+        log = self.host.data / "instances" / uuid / "console.log"
+        return log.read_text(errors="replace")
+
+    def frozen(self) -> bool:
+        """Whether the pet's file systems are frozen, if it runs."""
+        with self._connected() as connection:
+            domain = connection.lookupByName(PET)
+            if domain.state()[0] != libvirt.VIR_DOMAIN_RUNNING:
+                return False
+            with suppress(libvirt.libvirtError):  # it is booting: nothing is mounted yet
+                answer = libvirt_qemu.qemuAgentCommand(domain, '{"execute":"guest-fsfreeze-status"}', 5, 0)
+                return bool(json.loads(answer)["return"] == "frozen")
+        return False
+
     def log_offsets(self) -> dict[Path, int]:
         """How long the workers' logs are now."""
         return {worker.log: worker.log.stat().st_size for worker in self.workers.values()}
@@ -248,7 +326,7 @@ class Site:
         self.fresh_image()
 
     def _spawn_pet(self) -> None:
-        request = {"name": PET, "image": str(self.host.images / "guest.qcow2"), "ephemeral_gib": [1]}
+        request = {"name": PET, "image": str(self.host.images / "guest.qcow2"), "ephemeral_gib": [1, 1]}
         ready = {"memory_mib": 256, "wait_for": "console", "console_line": MARKED}
         self.run("virtfleet.spawn", host=HOST, user_data=USER_DATA, **request, **ready)
         self.markers = self.read_markers()

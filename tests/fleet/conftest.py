@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.fleet.parts import Commands, Record, Scheduler, WebServer, clear, idle_image, remains, web_server
+from tests.fleet.parts import Commands, Record, Scheduler, WebServer, clear, idle_image, remains, snapshots, web_server
 from tests.lab import Fleet, LabHost, guest_image, lab_folder
 
 Spawn = Callable[..., Record]
@@ -95,3 +95,15 @@ def spawn(scheduler: Scheduler, idle: Path) -> Iterator[Spawn]:
     yield spawn
     for name in made:
         scheduler.call("destroy", instance=name)
+
+
+@pytest.fixture
+def snapshot(scheduler: Scheduler, spawn: Spawn, host: LabHost) -> Iterator[Spawn]:
+    """Takes snapshots; the final record. Deleted when the test ends, the newest first."""
+
+    def snapshot(instance: str, **wanted: Any) -> Record:
+        return scheduler.call("snapshot", instance=instance, **wanted)
+
+    yield snapshot
+    for one in reversed(snapshots(host)):
+        scheduler.call("snapshot_delete", snapshot=one.id)

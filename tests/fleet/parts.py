@@ -21,6 +21,9 @@ from celery.result import AsyncResult
 
 from tests.lab import Fleet, LabHost
 from tests.lab.process import REPOSITORY
+from worker.images import snapshots as published
+from worker.images.layout import DataDir
+from worker.models import Snapshot
 
 Record = dict[str, Any]
 
@@ -126,6 +129,17 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+def snapshots(host: LabHost) -> list[Snapshot]:
+    """The snapshots that lie on a host, oldest first, by their manifests."""
+    return published.every(DataDir(host.data))
+
+
+def disk_of(host: LabHost, snapshot: Snapshot, target: str) -> tuple[Path, str]:
+    """The file of a disk in a snapshot, and its format."""
+    disk = next(disk for disk in snapshot.disks if disk.target == target)
+    return host.data / "snapshots" / snapshot.id / disk.file, disk.format
+
+
 def redis_keys(fleet: Fleet, pattern: str = "*") -> set[str]:
     """The keys Redis holds."""
     with fleet.redis.client() as client:
@@ -150,6 +164,8 @@ def _remains(fleet: Fleet) -> dict[str, Any]:
         "instances": sorted(path.name for path in (host.data / "instances").glob("*")),
         "tmp": sorted(path.name for path in (host.data / "tmp").glob("*")),
         "copies of records": sorted(path.name for path in (host.data / "operations").glob("*")),
+        "snapshots": sorted(path.name for path in (host.data / "snapshots").glob("*")),
+        "reserved": sorted(path.name for path in (host.data / "reserved").glob("*")),
         "guests": [pid for pid in host.processes() if b"qemu-system" in _command_line(pid)],
     }
     for what in ("claim", "lease", "waiting", "attention"):
@@ -168,7 +184,7 @@ def clear(fleet: Fleet) -> None:
                 domain.destroy()
             with suppress(libvirt.libvirtError):
                 domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE)
-    for folder in ("instances", "tmp", "operations"):
+    for folder in ("instances", "tmp", "operations", "snapshots", "reserved"):
         for path in (host.data / folder).glob("*"):
             subprocess.run(["rm", "-rf", str(path)], check=True)
     with fleet.redis.client() as client:

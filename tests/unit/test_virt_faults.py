@@ -51,7 +51,7 @@ TABLE = [
     (libvirt.VIR_ERR_OPERATION_INVALID, QEMU, 0, "domain is not running", errors.InvalidState),
     (libvirt.VIR_ERR_BLOCK_COPY_ACTIVE, QEMU, 0, "disk already in active block job", errors.InvalidState),
     (libvirt.VIR_ERR_OPERATION_UNSUPPORTED, QEMU, 0, "disk has active block job", errors.InvalidState),
-    (libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT, QEMU, 0, "no domain checkpoint", errors.InvalidState),
+    (libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT, QEMU, 0, "no domain checkpoint", errors.CheckpointMissing),
     # the definition, and what it names
     (libvirt.VIR_ERR_XML_DETAIL, libvirt.VIR_FROM_DOMAIN, 0, "(domain):1: parse error", errors.DomainRejected),
     (libvirt.VIR_ERR_XML_ERROR, libvirt.VIR_FROM_DOMAIN, 0, "XML error: no such disk", errors.DomainRejected),

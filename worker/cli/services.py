@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tasks.hosts import join, sweep
+from tasks.hosts import join, sweep, watch_held
 from worker import logs
 from worker.cli import output
 from worker.engine.worker import run_flower, run_worker
@@ -28,6 +28,7 @@ def control(host: Hosts = None, loglevel: Level = "info") -> None:
     """Serve the short calls of a host, and take in operations."""
     names = _names(host)
     logs.configure(loglevel)
+    watch_held(names)
     run_worker("control", names, introduce=join, loglevel=loglevel)
 
 

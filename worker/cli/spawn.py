@@ -21,7 +21,7 @@ SETTING = "Default: the host's setting."
 def spawn(
     name: Annotated[str, typer.Argument(help="Name of the new instance.")],
     host: Annotated[str, typer.Option(help="Host to run it on.")],
-    image: Annotated[str, typer.Option(help="Image: a path on the host, or an http(s) address.")],
+    image: Annotated[str, typer.Option(help="Image: a path on the host, an http(s) address, or snapshot:ID.")],
     sha256: Annotated[str | None, typer.Option(help="What the image's content must hash to.")] = None,
     vcpus: Annotated[int, typer.Option(help="Virtual CPUs.")] = 1,
     memory: Annotated[int, typer.Option(metavar="MIB", help="Memory in MiB.")] = 512,

@@ -14,6 +14,7 @@ from worker.errors import GuestNotReady, InstanceExists, InvalidSpec, Unsupporte
 from worker.images import qemu_img
 from worker.images.files import publish, remove_tree, replace_json, require_space, supports_direct_io
 from worker.images.layout import InstanceDir
+from worker.images.reserve import Ledger
 from worker.images.seed import build_seed as write_seed
 from worker.images.store import ImageCache
 from worker.images.swap import make_swap
@@ -100,7 +101,8 @@ def create_disks(instance: LocalInstance, spec: InstanceSpec, base: BaseImage, c
     local, size = instance.local, _root_size(spec, base)
     kind = spec.root_disk or local.settings.root_disk
     needed = METADATA_BYTES + (0 if kind == "overlay" else _copy_bytes(base, kind))
-    require_space(local.data.create().root, needed, local.settings.reserve_bytes)
+    promised = Ledger(local.data.create().root).outstanding(besides=ctx.operation)
+    require_space(local.data.root, needed, local.settings.reserve_bytes + promised)
     ctx.undo("remove_files", uuid=instance.uuid)
     with instance.owned(ctx) as folder:
         disks = [_root_disk(instance, base, size, kind, ctx)]

@@ -10,7 +10,9 @@ from worker.compute import accel
 from worker.compute.local import LocalHost
 from worker.compute.provision import spec_of
 from worker.errors import InstanceNotFound
-from worker.models import Instance, PowerState
+from worker.images.snapshots import entry_of
+from worker.images.snapshots import every as published_on
+from worker.models import Instance, PowerState, SnapshotEntry
 from worker.virt.guest import Guest
 from worker.virt.host import Host
 
@@ -37,6 +39,12 @@ def instances(local: LocalHost, host: Host) -> list[Instance]:
     """The fleet's instances on this host, by the marks in their domains' metadata."""
     found = [_instance(local, guest) for guest in host.guests()]
     return [instance for instance in found if instance]
+
+
+def snapshots(local: LocalHost) -> list[SnapshotEntry]:
+    """The snapshots published on this host, by their manifests."""
+    # One that was copied here, or lies on shared storage, is where it can be used: here.
+    return [entry_of(one).model_copy(update={"host": local.name}) for one in published_on(local.data)]
 
 
 def _instance(local: LocalHost, guest: Guest) -> Instance | None:

@@ -34,6 +34,11 @@ UUIDS = f"{PREFIX}:instances:uuid"
 """HASH, kept: instance uuid → name. Written together with INSTANCES."""
 
 
+SNAPSHOTS = f"{PREFIX}:snapshots"
+"""HASH, kept: snapshot id → JSON `SnapshotEntry`. Written by steps and by a host's sync from the manifests there, read
+by admission and the CLI."""
+
+
 def operation(operation_id: str) -> str:
     """HASH, expires once ended: the operation's record. Fields: head, digest, plan, state, cancel, verdict, error,
     submitted_at, started_at, ended_at, and `step:<key>:<field>` with the fields state, fence, attempt, worker,

@@ -9,8 +9,8 @@ from uuid import UUID
 
 from worker.engine import keys
 from worker.engine.connection import Redis, shared, translated
-from worker.errors import InstanceNotFound, UnknownHost
-from worker.models import Frozen, Instance
+from worker.errors import InstanceNotFound, SnapshotNotFound, UnknownHost
+from worker.models import Frozen, Instance, SnapshotEntry
 from worker.settings import get_settings
 
 WorkerKind = Literal["control", "disk"]
@@ -151,6 +151,47 @@ class Registry:
         for instance in present:
             if instance.name not in newer:
                 self.put(instance)
+
+    # --- snapshots -----------------------------------------------------------------------------------------------
+
+    def put_snapshot(self, snapshot: SnapshotEntry) -> None:
+        """Add a snapshot."""
+        known = snapshot.model_copy(update={"updated_at": time.time()})
+        with translated():
+            self.redis.hset(keys.SNAPSHOTS, snapshot.id, known.model_dump_json())
+
+    def forget_snapshot(self, snapshot: str) -> None:
+        """Take a snapshot out."""
+        with translated():
+            self.redis.hdel(keys.SNAPSHOTS, snapshot)
+
+    def require_snapshot(self, snapshot: str) -> SnapshotEntry:
+        """A snapshot by its id. Raises `SnapshotNotFound`."""
+        with translated():
+            found = cast("str | None", self.redis.hget(keys.SNAPSHOTS, snapshot))
+        if found is None:
+            raise SnapshotNotFound(f"snapshot: no snapshot {snapshot!r} is known", field="snapshot", given=snapshot)
+        return SnapshotEntry.model_validate_json(found)
+
+    def snapshots(self, *, host: str | None = None, instance: str | None = None) -> list[SnapshotEntry]:
+        """All snapshots, or those on one host or of one instance (name or uuid), oldest first."""
+        with translated():
+            found = cast("dict[str, str]", self.redis.hgetall(keys.SNAPSHOTS))
+        every = sorted(map(SnapshotEntry.model_validate_json, found.values()), key=lambda one: one.taken_at)
+        return [
+            one
+            for one in every
+            if host in {None, one.host} and instance in {None, one.instance, str(one.instance_uuid)}
+        ]
+
+    def replace_snapshots(self, host: str, present: list[SnapshotEntry], since: float) -> None:
+        """Make the entries of one host equal to the manifests found there by a look that began at `since`."""
+        ids = {snapshot.id for snapshot in present}
+        for snapshot in self.snapshots(host=host):
+            if snapshot.id not in ids and snapshot.updated_at < since:
+                self.forget_snapshot(snapshot.id)
+        for snapshot in present:
+            self.put_snapshot(snapshot)
 
 
 def registry() -> Registry:

@@ -34,6 +34,14 @@ def publish(temporary: Path, final: Path, watch: Watcher | None = None) -> None:
         _sync(final.parent)
 
 
+def publish_folder(unfinished: Path, final: Path) -> None:
+    """Make a folder, whose files are durable, appear under its final name; same filesystem. Raises NoSpace."""
+    with out_of_space_is_an_error(final.parent):
+        _sync(unfinished)
+        unfinished.rename(final)
+        _sync(final.parent)
+
+
 def write_text_durably(path: Path, text: str, mode: int = 0o644) -> None:
     """Replace a small file as a whole. Raises NoSpace."""
     with out_of_space_is_an_error(path.parent), temporary_beside(path) as temporary:
@@ -98,6 +106,14 @@ def size_of(path: Path) -> int:
     """The file's size in bytes, 0 if it is not there (any more)."""
     try:
         return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def allocated_size(path: Path) -> int:
+    """Bytes that the file really takes on the disk, 0 if it is not there."""
+    try:
+        return path.stat().st_blocks * 512
     except FileNotFoundError:
         return 0
 

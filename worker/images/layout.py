@@ -14,6 +14,7 @@ from worker.models import DiskFormat
 # QEMU runs as a user of its own: it must reach a file whose name it was given, but need not list a folder.
 _TRAVERSABLE = 0o711
 _DOWNLOAD = "download"
+_UNFINISHED = ".unfinished"
 _KEEP_OWNERLESS = 86400.0  # seconds; a download may be continued by any operation until then
 
 
@@ -63,6 +64,55 @@ class InstanceDir:
 
 
 @dataclass(frozen=True)
+class SnapshotDir:
+    """The folder of one snapshot, unfinished or published."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> Path:
+        """What the snapshot is; written last."""
+        return self.path / "manifest.json"
+
+    @property
+    def instant(self) -> Path:
+        """While it is taken: what was caught, and when."""
+        return self.path / ".instant.json"
+
+    @property
+    def intent(self) -> Path:
+        """While it is taken: what is done to the guest right now that must be taken back."""
+        return self.path / ".intent.json"
+
+    @property
+    def definition(self) -> Path:
+        """While it is taken: the guest's libvirt XML at the instant."""
+        return self.path / ".definition.xml"
+
+    @property
+    def nvram(self) -> Path:
+        """The guest's UEFI variables."""
+        return self.path / "nvram"
+
+    def disk(self, target: str, fmt: DiskFormat) -> Path:
+        """A disk as it is published."""
+        return self.path / f"{target}.{fmt}"
+
+    def taken(self, target: str) -> Path:
+        """A disk as it was taken, still to be converted."""
+        return self.path / f".{target}.taken"
+
+    def converting(self, target: str) -> Path:
+        """A disk that is being converted."""
+        return self.path / f".{target}.converting"
+
+    def create(self) -> SnapshotDir:
+        """Make the folder, if it is not there."""
+        _make(self.path)
+        return self
+
+
+@dataclass(frozen=True)
 class DataDir:
     """A host's data directory; one filesystem, since files are put in place by renaming."""
 
@@ -102,6 +152,18 @@ class DataDir:
     def instance(self, uuid: UUID | str) -> InstanceDir:
         """The folder of an instance, whether it is there or not."""
         return InstanceDir(self.instances / str(UUID(str(uuid))))
+
+    def snapshot(self, snapshot: str) -> SnapshotDir:
+        """The folder of a published snapshot, whether it is there or not."""
+        return SnapshotDir(self.snapshots / quote(snapshot, safe=""))
+
+    def unfinished_snapshot(self, snapshot: str) -> SnapshotDir:
+        """The folder of a snapshot that is being taken; beside the finished ones, to which its files may refer."""
+        return SnapshotDir(self.snapshots / f".{quote(snapshot, safe='')}{_UNFINISHED}")
+
+    def unfinished_snapshots(self) -> list[Path]:
+        """The folders of all snapshots that are being taken, or were when somebody died."""
+        return list(self.snapshots.glob(f".*{_UNFINISHED}"))
 
     def temporary(self, operation: str, name: str) -> Path:
         """A temporary file that is swept once `operation` has ended."""

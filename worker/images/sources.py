@@ -1,4 +1,4 @@
-"""The places images come from: files below the allowed folders, and http(s) addresses."""
+"""The places images come from: files below the allowed folders, http(s) addresses, and snapshots."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from typing import BinaryIO
 import httpx
 
 from worker.context import Watcher
-from worker.errors import ImageNotFound, ImageRejected, InvalidSpec, TransferInterrupted
-from worker.images import transfer
+from worker.errors import ImageNotFound, ImageRejected, InvalidSpec, SnapshotNotFound, TransferInterrupted
+from worker.images import qemu_img, snapshots, transfer
+from worker.images.checksum import sha256_of
 from worker.images.files import require_space
-from worker.models import Frozen
+from worker.images.layout import DataDir, SnapshotDir
+from worker.models import Frozen, Snapshot
+
+SNAPSHOT = "snapshot:"
 
 
 class SourceRecord(Frozen):
@@ -174,8 +178,44 @@ class WebAddress(Source):
         )
 
 
-def source_of(image: str, roots: Sequence[Path]) -> Source:
-    """The source an image's path or address stands for. Raises InvalidSpec."""
+class SnapshotRoot(Source):
+    """The root disk of a published snapshot, with all that it builds on."""
+
+    def __init__(self, snapshot: Snapshot, folder: SnapshotDir) -> None:
+        super().__init__(f"{SNAPSHOT}{snapshot.id}", f"{SNAPSHOT}{snapshot.id}")
+        self._folder = folder
+        self._disk = snapshots.root_disk(snapshot)
+
+    def is_current(self, record: SourceRecord) -> bool:
+        """Whether it is the same snapshot still: a published one never changes. Raises SnapshotNotFound."""
+        return record.identity == self._identity()
+
+    def retrieve(
+        self,
+        target: Path,
+        known: SourceRecord | None,  # noqa: ARG002 - a snapshot is not asked: it has been looked at
+        limits: Limits,
+        watch: Watcher,
+    ) -> SourceRecord:
+        """Make one standalone image of it. Raises NoSpace, SnapshotNotFound."""
+        path, identity = self._folder.path / self._disk.file, self._identity()
+        require_space(target.parent, qemu_img.measure(path, self._disk.format, "qcow2"), limits.reserve_bytes)
+        target.unlink(missing_ok=True)
+        qemu_img.convert(path, self._disk.format, target, self._disk.format, watch=watch, stall=limits.stall)
+        return SourceRecord(source=self.name, sha256=sha256_of(target), fetched_at=time.time(), identity=identity)
+
+    def _identity(self) -> tuple[int, ...]:
+        try:
+            return _identity(self._folder.manifest.stat())
+        except OSError as error:
+            raise SnapshotNotFound(f"{self.name} is not there any more", given=self.name) from error
+
+
+def source_of(image: str, roots: Sequence[Path], data: DataDir) -> Source:
+    """The source an image's path, address or `snapshot:ID` stands for. Raises InvalidSpec, SnapshotNotFound."""
+    if image.startswith(SNAPSHOT):
+        found = snapshots.require(data, image.removeprefix(SNAPSHOT))
+        return SnapshotRoot(found, data.snapshot(found.id))
     if image.startswith("/") and "\0" not in image:
         return LocalFile(image, roots)
     if image.lower().startswith(("http://", "https://")):
@@ -201,8 +241,8 @@ def _condition(known: SourceRecord | None) -> dict[str, str]:
 
 def _not_an_image(image: str) -> InvalidSpec:
     return InvalidSpec(
-        f"image: given {image}; allowed: an absolute path, or an http(s) address.",
+        f"image: given {image}; allowed: an absolute path, an http(s) address, or snapshot:ID.",
         field="image",
         given=image,
-        allowed="an absolute path, or an http(s) address",
+        allowed="an absolute path, an http(s) address, or snapshot:ID",
     )

@@ -17,6 +17,7 @@ from worker.images import transfer
 from worker.images.files import locked, publish, size_of, write_text_durably
 from worker.images.inspect import inspect
 from worker.images.layout import DataDir
+from worker.images.reserve import Ledger
 from worker.images.sources import Limits, Source, SourceRecord, source_of
 from worker.models import BaseImage, DiskFormat, Frozen
 
@@ -47,13 +48,13 @@ class ImageCache:
     stall: float = 120.0
 
     def fetch(self, image: str, sha256: str | None, operation: str, watch: Watcher) -> BaseImage:
-        """The image at an absolute path below one of `roots` or at an http(s) address, from the cache if it is there.
+        """The image at a path below one of `roots`, at an http(s) address or of a snapshot; cached ones at once.
 
         With `sha256` given, a cached image is returned without asking its source. Two fetches of one image at once
         fetch it once. Raises InvalidSpec, ImageNotFound, ImageRejected, ChecksumMismatch, NoSpace,
         TransferInterrupted, Stalled, and what `watch` raises; what remains then is at most a download to continue.
         """
-        source = source_of(image, self.roots)
+        source = source_of(image, self.roots, self.data)
         found = self._find(source, sha256)
         if found is not None:
             return found
@@ -122,7 +123,8 @@ class ImageCache:
         else:
             temporary = self.data.temporary(operation, f"{source.key}.part")
         with _cleared(temporary, keep_what_can_be_continued=source.resumable):
-            limits = Limits(self.max_bytes, self.reserve_bytes, self.stall)
+            promised = Ledger(self.data.root).outstanding(besides=operation)
+            limits = Limits(self.max_bytes, self.reserve_bytes + promised, self.stall)
             record = source.retrieve(temporary, known, limits, watch)
             _require_digest(source, sha256, record.sha256)
             image = self._cached(record.sha256) or self._admit(temporary, source, record.sha256, watch)

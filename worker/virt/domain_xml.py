@@ -12,7 +12,7 @@ from lxml import etree
 from lxml.builder import ElementMaker  # type: ignore[import-not-found]  # lxml-stubs lacks it
 
 from worker.errors import InvalidSpec, NotOurs
-from worker.models import Disk, DomainConfig, Owner
+from worker.models import Disk, DomainConfig, GuestDisk, Owner
 
 if TYPE_CHECKING:
     from lxml.etree import _Element
@@ -63,6 +63,36 @@ def parse_owner(xml: str) -> Owner | None:
         return Owner.model_validate_strings(dict(mark.attrib))
     except ValueError as error:
         raise NotOurs(f"the fleet's mark in the domain's metadata is damaged: {error}") from error
+
+
+def parse_disks(xml: str) -> list[GuestDisk]:
+    """The disks in files that a domain has."""
+    disks = parse(xml).iterfind("./devices/disk")
+    return [_guest_disk(disk) for disk in disks if disk.find("source[@file]") is not None]
+
+
+def _guest_disk(disk: _Element) -> GuestDisk:
+    def attribute(path: str, name: str) -> str | None:
+        found = disk.find(path)
+        return found.get(name) if found is not None else None
+
+    return GuestDisk.model_validate(
+        {
+            "target": attribute("target", "dev"),
+            "path": attribute("source", "file"),
+            "format": attribute("driver", "type") or "raw",
+            "backing": attribute("backingStore/source", "file"),
+            "backing_format": attribute("backingStore/format", "type"),
+            "role": (disk.findtext("serial") or "").rpartition("-")[0],
+            "readonly": disk.find("readonly") is not None,
+        }
+    )
+
+
+def parse_nvram(xml: str) -> Path | None:
+    """The file with a guest's UEFI variables, if it has one."""
+    path = parse(xml).findtext("./os/nvram")
+    return Path(path) if path else None
 
 
 def mac_address(uuid: UUID, index: int) -> str:

@@ -15,6 +15,7 @@ import libvirt
 
 from worker.errors import (
     AgentUnresponsive,
+    CheckpointMissing,
     ConnectionMisconfigured,
     DomainRejected,
     FleetError,
@@ -110,8 +111,12 @@ RULES: tuple[Rule, ...] = (
         _of(
             libvirt.VIR_ERR_OPERATION_INVALID,
             libvirt.VIR_ERR_BLOCK_COPY_ACTIVE,
-            libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT,
+            libvirt.VIR_ERR_NO_DOMAIN_BACKUP,
         ),
+    ),
+    Rule(
+        CheckpointMissing,
+        _of(libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT, libvirt.VIR_ERR_CHECKPOINT_INCONSISTENT),
     ),
     Rule(InvalidState, _of(libvirt.VIR_ERR_OPERATION_UNSUPPORTED), message=r"active block job"),
     Rule(

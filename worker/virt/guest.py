@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import libvirt
 import libvirt_qemu
 from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
+from worker.context import Watcher
 from worker.errors import (
     AgentUnresponsive,
+    Cancelled,
     FencedOff,
     InstanceNotFound,
     InvalidState,
     Permanent,
     UnsupportedByHost,
 )
-from worker.models import Owner, PowerState
-from worker.virt.domain_xml import NAMESPACE, PREFIX, owner_xml, parse, parse_owner
+from worker.models import GuestDisk, Owner, PowerState
+from worker.virt.domain_xml import NAMESPACE, PREFIX, owner_xml, parse, parse_disks, parse_owner
 from worker.virt.faults import translated
 
 _GUEST_PING = '{"execute":"guest-ping"}'
@@ -43,6 +48,9 @@ _JOBS = {
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: "commit",
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "commit",
 }
+
+_JOB_POLL = 0.1  # seconds; a look costs 0.5 ms
+_ABORT_PATIENCE = 10.0  # seconds
 
 _INACTIVE = (PowerState.OFF, PowerState.SAVED, PowerState.MISSING)
 
@@ -79,9 +87,19 @@ class Guest:
         return str(self._domain.name())
 
     @property
+    def host(self) -> str:
+        """Name of the host it is on; asks nobody."""
+        return self._host
+
+    @property
     def uuid(self) -> UUID:
         """The domain's uuid, which is the instance's; asks nobody."""
         return UUID(self._domain.UUIDString())
+
+    @property
+    def domain(self) -> libvirt.virDomain:
+        """libvirt's own handle, for the modules of `worker.virt` only."""
+        return self._domain
 
     # --- what it is ---------------------------------------------------------------------------------------
 
@@ -138,6 +156,16 @@ class Guest:
         trees = [parse(self.xml()), parse(self.xml(inactive=True))]
         sources = [source for tree in trees for source in tree.iterfind("./devices/disk//source[@file]")]
         return {Path(str(source.get("file"))) for source in sources}
+
+    def disks(self) -> list[GuestDisk]:
+        """The disks in files, as the guest uses them now, or will when it is started."""
+        return parse_disks(self.xml())
+
+    def shut_itself_down(self) -> bool:
+        """Whether the guest is off because it shut itself down; unknown after libvirtd restarted, hence False."""
+        with self._trying_to("read the state of"):
+            state, reason = self._domain.state()
+        return (state, reason) == (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN)
 
     # --- whose it is --------------------------------------------------------------------------------------
 
@@ -273,6 +301,69 @@ class Guest:
         except UnsupportedByHost:
             return []
 
+    # --- memory -------------------------------------------------------------------------------------------
+
+    def save_memory(self, watch: Watcher) -> None:
+        """Stop the guest with its memory kept in a file that the next start resumes from; saved already is success.
+
+        A save that a dead worker began goes on in libvirtd: it is waited for. When `watch` says Cancelled the save is
+        aborted and the guest runs on. Raises InvalidState when the guest is off, NoSpace.
+        """
+        self.wait_for_job(watch)
+        if self.power() is PowerState.SAVED:
+            return
+        pool = ThreadPoolExecutor(1)
+        try:
+            self._follow(pool.submit(self._save_memory), watch)
+        finally:
+            pool.shutdown(wait=False)  # the call has ended, or the connection's keepalive will end it
+
+    def drop_stale_memory(self) -> None:
+        """Remove the saved memory of a guest that runs again.
+
+        libvirt removes it itself, after the guest's CPUs run: a libvirtd that dies in between leaves it, and a later
+        start would put old memory over newer disks.
+        """
+        if self.is_active() and self.has_managed_save():
+            with self._trying_to("remove the stale memory of"):
+                self._domain.managedSaveRemove()
+
+    def wait_for_job(self, watch: Watcher) -> None:
+        """Wait until libvirt neither saves nor migrates nor backs the guest up."""
+        while (job := self.job_stats()).get("type"):
+            watch.progress(*memory_progress(job))
+            time.sleep(_JOB_POLL)
+
+    def job_stats(self) -> dict[str, Any]:
+        """What libvirt tells of the job it runs on the guest; of `type` 0 when there is none."""
+        try:
+            with self._trying_to("follow the job of"):
+                return dict(self._domain.jobStats())
+        except InvalidState:  # the guest is off
+            return {"type": 0}
+
+    def abort_job(self) -> None:
+        """End the save or backup that libvirt runs on the guest; none is success."""
+        try:
+            with self._trying_to("abort the job of"):
+                self._domain.abortJob()
+        except InvalidState:
+            return
+
+    def _save_memory(self) -> None:
+        with self._towards("save the memory of", PowerState.SAVED):
+            self._domain.managedSave(0)
+
+    def _follow(self, saving: Future[None], watch: Watcher) -> None:
+        while wait([saving], _JOB_POLL).not_done:
+            try:
+                watch.progress(*memory_progress(self.job_stats()))
+            except Cancelled:
+                self.abort_job()
+                wait([saving], _ABORT_PATIENCE)
+                raise
+        saving.result()
+
     # --- definition ---------------------------------------------------------------------------------------
 
     def autostart(self) -> bool:
@@ -324,3 +415,8 @@ class Guest:
         except (AgentUnresponsive, InvalidState, InstanceNotFound):
             return False
         return True
+
+
+def memory_progress(job: dict[str, Any]) -> tuple[int, int | None, str]:
+    """What of a guest's memory a job has written: (done, total, note), in bytes."""
+    return int(job.get("memory_processed", 0)), job.get("memory_total"), "saving the guest's memory"

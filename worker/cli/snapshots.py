@@ -1,0 +1,135 @@
+"""`virtfleet snapshot` and `virtfleet snapshots`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tasks.snapshot import SnapshotDeleteRequest, SnapshotRequest, SnapshotRestoreRequest
+from worker.cli import output
+from worker.cli.options import AsJson, Id, Instance, NoWait, WaitIfBusy
+from worker.cli.submit import submit
+from worker.client import Fleet
+from worker.images.files import human_size
+
+TAKE = "take"
+
+
+class _TakesByDefault(TyperGroup):
+    """`virtfleet snapshot NAME` is short for `virtfleet snapshot take NAME`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, "--help"}:
+            args = [TAKE, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_TakesByDefault,
+    no_args_is_help=True,
+    help="Take a snapshot of an instance (virtfleet snapshot NAME), delete one, or restore one.",
+)
+
+SnapshotId = Annotated[str, typer.Argument(metavar="ID", help="Id of a snapshot: virtfleet snapshots")]
+
+
+@app.command()
+def take(
+    instance: Instance,
+    method: Annotated[
+        str, typer.Option(help="backup, mirror or cold; auto: backup where libvirt can, else mirror.")
+    ] = "auto",
+    disk: Annotated[
+        list[str] | None, typer.Option(metavar="vda", help="A disk to take; may be repeated. Default: all writable.")
+    ] = None,
+    quiesce: Annotated[str, typer.Option(help="Freeze file systems: auto, require or never.")] = "auto",
+    form: Annotated[str, typer.Option("--format", help="qcow2 or raw.")] = "qcow2",
+    compress: Annotated[
+        str | None, typer.Option("--compress", metavar="zstd|zlib", help="Compress; zstd is the faster one.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="MIB/S", help="Copy no faster than this.")] = None,
+    incremental: Annotated[
+        bool, typer.Option("--incremental", help="Only what changed since the last such one; the first is full.")
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="With --incremental: begin a new chain.")] = False,
+    operation_id: Id = None,
+    no_wait: NoWait = False,
+    wait_if_busy: WaitIfBusy = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take a snapshot of an instance; its id is the operation's."""
+    submit(
+        SnapshotRequest,
+        no_wait=no_wait,
+        as_json=as_json,
+        instance=instance,
+        method=method,
+        disks=disk or [],
+        quiesce=quiesce,
+        format=form,
+        compress=compress,
+        limit_mib=limit,
+        incremental=incremental,
+        full=full,
+        operation_id=operation_id,
+        wait_if_busy=wait_if_busy,
+    )
+
+
+@app.command()
+def delete(
+    snapshot: SnapshotId,
+    operation_id: Id = None,
+    no_wait: NoWait = False,
+    wait_if_busy: WaitIfBusy = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete a snapshot. There is no way back."""
+    call = {"operation_id": operation_id, "wait_if_busy": wait_if_busy}
+    submit(SnapshotDeleteRequest, no_wait=no_wait, as_json=as_json, snapshot=snapshot, **call)
+
+
+@app.command()
+def restore(
+    snapshot: SnapshotId,
+    name: Annotated[str, typer.Option("--as", metavar="NAME", help="Name of the new instance.")],
+    host: Annotated[str | None, typer.Option(help="Host to run it on. Default: where the snapshot lies.")] = None,
+    operation_id: Id = None,
+    no_wait: NoWait = False,
+    wait_if_busy: WaitIfBusy = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a new instance from a snapshot, with all the disks it holds."""
+    call = {"operation_id": operation_id, "wait_if_busy": wait_if_busy}
+    submit(SnapshotRestoreRequest, no_wait=no_wait, as_json=as_json, snapshot=snapshot, name=name, host=host, **call)
+
+
+def snapshots(
+    host: Annotated[str | None, typer.Option(help="Only those on one host.")] = None,
+    instance: Annotated[str | None, typer.Option(help="Only those of one instance, by name or uuid.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List snapshots, oldest first."""
+    with output.errors_told(as_json=as_json):
+        found = Fleet().registry.snapshots(host=host, instance=instance)
+        if as_json:
+            output.print_json({"snapshots": [one.model_dump(mode="json") for one in found]})
+            return
+        rows = [
+            [
+                one.id,
+                one.instance,
+                one.host,
+                output.when(one.taken_at.timestamp()),
+                one.method,
+                one.consistency,
+                ", ".join(one.disks),
+                human_size(one.actual_size),
+                one.parent or "",
+            ]
+            for one in found
+        ]
+        columns = ["id", "instance", "host", "taken (UTC)", "method", "consistent", "disks", "size", "builds on"]
+        output.table("", columns, rows, empty="No snapshots yet.")

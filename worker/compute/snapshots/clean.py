@@ -1,0 +1,87 @@
+"""Unmaking snapshots: what an attempt left behind, and published ones that are not wanted any more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from worker.compute.local import LocalInstance
+from worker.compute.snapshots import chain, holding
+from worker.context import Context
+from worker.errors import InvalidState, Stalled
+from worker.images import snapshots
+from worker.images.layout import SnapshotDir
+from worker.images.reserve import Ledger
+from worker.virt import checkpoints
+from worker.virt.guest import Guest
+from worker.virt.jobs import BackupJob, MirrorJob
+
+ABORT_WITHIN = 60.0
+"""Seconds a job has to end once it was told to: what is on its way to the disk must arrive first."""
+
+_POLL = 0.1  # seconds
+
+
+def abandon(guest: Guest, folder: SnapshotDir, ctx: Context) -> None:
+    """End the jobs that write into the folder, and remove what they wrote and the checkpoint. The guest runs on."""
+    if guest.is_active():
+        _end_jobs(guest, folder)
+        checkpoints.delete(guest, chain.checkpoint_of(ctx.operation))
+    if folder.path.exists():
+        for path in folder.path.iterdir():
+            path.unlink()
+
+
+def _end_jobs(guest: Guest, folder: SnapshotDir) -> None:
+    job = BackupJob(guest)
+    if _any_below(folder, job.targets().values()):
+        guest.abort_job()
+        deadline = time.monotonic() + ABORT_WITHIN
+        while _any_below(folder, job.targets().values()):
+            if time.monotonic() > deadline:
+                raise Stalled(f"the backup of {guest.name} does not end", seconds=ABORT_WITHIN)
+            time.sleep(_POLL)
+    for disk in guest.disks():
+        mirror = MirrorJob(guest, disk.target)
+        target = mirror.target()
+        if target is not None and _any_below(folder, [target]):
+            _end_mirror(mirror)
+
+
+def _end_mirror(mirror: MirrorJob) -> None:
+    try:
+        mirror.end()
+    except InvalidState:
+        if mirror.target() is not None:
+            raise
+
+
+def _any_below(folder: SnapshotDir, paths: Iterable[Path]) -> bool:
+    return any(path.parent == folder.path for path in paths)
+
+
+def discard(instance: LocalInstance, ctx: Context) -> None:
+    """Undo: whatever this operation's snapshot has become, nothing of it stays, and the guest runs as before."""
+    data = instance.local.data
+    folder = data.unfinished_snapshot(ctx.operation)
+    with instance.owned(ctx), instance.local.libvirt() as host:
+        guest = host.find_uuid(instance.uuid)
+        if guest is not None:
+            holding.let_go(instance, folder)
+            abandon(guest, folder, ctx)
+        snapshots.remove(data, ctx.operation)
+    Ledger(data.root).release(ctx.operation)
+
+
+def delete(instance: LocalInstance, snapshot: str, ctx: Context) -> bool:
+    """Delete a published snapshot with its checkpoint; False when it was gone. Raises SnapshotInUse.
+
+    A guest that is off keeps the checkpoint until it runs and the next incremental snapshot is taken.
+    """
+    with instance.owned(ctx), instance.local.libvirt() as host:
+        removed = snapshots.remove(instance.local.data, snapshot)
+        guest = host.find_uuid(instance.uuid)
+        if guest is not None and guest.is_active():
+            checkpoints.delete(guest, chain.checkpoint_of(snapshot))
+        return removed

@@ -1,0 +1,140 @@
+"""From what was caught to files that stand for themselves, verified, and published as a whole."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from worker.compute.local import LocalInstance
+from worker.compute.provision import spec_of
+from worker.compute.snapshots.share import shares
+from worker.compute.snapshots.taking import published
+from worker.context import Context, Watcher
+from worker.errors import SnapshotDamaged
+from worker.images import qemu_img, snapshots
+from worker.images.checksum import seal
+from worker.images.files import allocated_size
+from worker.images.layout import SnapshotDir
+from worker.images.reserve import Ledger
+from worker.images.sparse import punch_holes
+from worker.models import Snapshot, SnapshotDisk, SnapshotSpec, Taken, TakenDisk
+
+
+def extract(instance: LocalInstance, spec: SnapshotSpec, taken: Taken, ctx: Context) -> Taken:
+    """Give every disk its final form, in the snapshot's folder; disks that are there already are kept.
+
+    Raises NoSpace, Stalled, CommandFailed.
+    """
+    if published(instance, ctx):
+        return taken
+    work = _Extraction(instance, spec, taken, instance.local.data.unfinished_snapshot(ctx.operation))
+    watches = shares(ctx, [disk.virtual_size for disk in taken.disks])
+    # The disks of a guest that is off are read right here: nobody else of the fleet may touch them meanwhile.
+    with instance.owned(ctx):
+        disks = tuple(work.finish(disk, watch) for disk, watch in zip(taken.disks, watches, strict=True))
+    return taken.model_copy(update={"disks": disks})
+
+
+@dataclass(frozen=True)
+class _Extraction:
+    """What was caught, on its way to its final form."""
+
+    instance: LocalInstance
+    spec: SnapshotSpec
+    taken: Taken
+    folder: SnapshotDir
+
+    def finish(self, disk: TakenDisk, watch: Watcher) -> TakenDisk:
+        """One disk in its final form."""
+        final = self.folder.disk(disk.target, self.spec.format)
+        if disk.path != final:
+            self._convert(disk, final, watch)
+        elif self.taken.parent:
+            self._rebase(final, self.taken.parent, disk.target)
+        elif disk.format == "raw":
+            punch_holes(final)  # a backup allocates all of a raw file, and leaves most of it unwritten
+        return disk.model_copy(update={"path": final, "format": self.spec.format})
+
+    def _rebase(self, increment: Path, parent: str, target: str) -> None:
+        """Build on the snapshot before; libvirt named the guest's own disk, which goes on changing."""
+        backing = self.instance.local.data.snapshot(parent).disk(target, "qcow2")
+        # Relative: the folder of all snapshots may be moved or mounted elsewhere.
+        qemu_img.rebase_unsafely(increment, f"../{backing.parent.name}/{backing.name}", "qcow2")
+
+    def _convert(self, disk: TakenDisk, final: Path, watch: Watcher) -> None:
+        if not final.exists():
+            unfinished = self.folder.converting(disk.target)
+            unfinished.unlink(missing_ok=True)
+            qemu_img.convert(
+                disk.path,
+                disk.format,
+                unfinished,
+                self.spec.format,
+                compress=self.spec.compress,
+                bytes_per_second=self.spec.bytes_per_second,
+                watch=watch,
+                stall=self.instance.local.settings.stall_timeout,
+            )
+            unfinished.rename(final)
+        if disk.path.parent == self.folder.path:
+            disk.path.unlink(missing_ok=True)
+
+
+def publish(instance: LocalInstance, taken: Taken, ctx: Context) -> Snapshot:
+    """Verify the files, make them durable and immutable, and let the snapshot appear; published already is success.
+
+    Raises SnapshotDamaged, NoSpace.
+    """
+    data = instance.local.data
+    snapshot = published(instance, ctx)
+    if snapshot is None:
+        folder = data.unfinished_snapshot(ctx.operation)
+        for disk in taken.disks:
+            _verify(disk, ctx, instance.local.settings.stall_timeout)
+        sums = seal([disk.path for disk in taken.disks], ctx)
+        snapshot = _manifest(instance, taken, folder, sums, ctx)
+        ctx.check()
+        snapshots.publish(data, snapshot)
+    Ledger(data.root).release(ctx.operation)
+    return snapshot
+
+
+def _verify(disk: TakenDisk, ctx: Context, stall: float) -> None:
+    size = qemu_img.info(disk.path, disk.format).virtual_size
+    if size != disk.virtual_size:
+        raise SnapshotDamaged(f"{disk.target} is {size} bytes large instead of {disk.virtual_size}", disk=disk.target)
+    found = qemu_img.check(disk.path, disk.format, watch=ctx, stall=stall)
+    if found.corruptions:
+        raise SnapshotDamaged(f"qemu-img check found {found.corruptions} errors in {disk.target}", disk=disk.target)
+    os.chown(disk.path, os.geteuid(), os.getegid())  # a backup's file belongs to QEMU's user
+    disk.path.chmod(0o400)
+
+
+def _manifest(
+    instance: LocalInstance, taken: Taken, folder: SnapshotDir, sums: dict[Path, str], ctx: Context
+) -> Snapshot:
+    disks = tuple(
+        SnapshotDisk(
+            target=disk.target,
+            role=disk.role,
+            file=disk.path.name,
+            format=disk.format,
+            virtual_size=disk.virtual_size,
+            actual_size=allocated_size(disk.path),
+            sha256=sums[disk.path],
+            backing=taken.parent,
+        )
+        for disk in taken.disks
+    )
+    return Snapshot(
+        **taken.model_dump(exclude={"disks"}),
+        id=ctx.operation,
+        instance=instance.name,
+        instance_uuid=instance.uuid,
+        host=instance.local.name,
+        spec=spec_of(instance.local, instance.uuid),
+        definition=folder.definition.read_text(),
+        nvram=folder.nvram.name if folder.nvram.exists() else None,
+        disks=disks,
+    )

@@ -1,0 +1,200 @@
+"""Catching a running guest: by a backup of all disks at one instant, or by mirrors that end together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from worker.compute.local import LocalInstance
+from worker.compute.snapshots import chain, cold
+from worker.compute.snapshots.clean import abandon
+from worker.compute.snapshots.holding import Hold, held, let_go
+from worker.compute.snapshots.taking import Taking, format_of, now, taking
+from worker.context import Context
+from worker.errors import (
+    CheckpointMissing,
+    HypervisorError,
+    InvalidState,
+    JobLost,
+    NoSpace,
+    Stalled,
+    UnsupportedByHost,
+)
+from worker.images import qemu_img
+from worker.images.files import available_space, human_size
+from worker.models import DiskFormat, GuestDisk, SnapshotSpec, Taken, TakenDisk
+from worker.virt.jobs import NEEDS_BACKUP, BackupJob, BlockTarget, JobProgress, MirrorJob
+
+POLL = 0.1
+"""Seconds between two looks at a job (a look costs 0.5 ms)."""
+
+
+def take(instance: LocalInstance, spec: SnapshotSpec, ctx: Context) -> Taken:
+    """Catch the guest as it runs; one that is off is left to extraction, as its disks hold still.
+
+    A job that a dead attempt began is adopted when it is known what it shows, and else begun anew.
+    Raises InvalidState when the guest stops meanwhile, QuiesceFailed, NoSpace, Stalled, UnsupportedByHost.
+    """
+    with taking(instance, spec, ctx) as this:
+        this.folder.create()
+        let_go(instance, this.folder)
+        known = this.recall()
+        if known is None and not this.guest.is_active():
+            return cold.take_off(this)
+        return _by_mirror(this) if method(this) == "mirror" else _by_backup(this, known)
+
+
+def method(this: Taking) -> str:
+    """The way to take it that was asked for, or the best that the host can. Raises UnsupportedByHost."""
+    can_back_up = this.host.libvirt_version >= NEEDS_BACKUP
+    if this.spec.method == "backup" and not can_back_up:
+        raise UnsupportedByHost(
+            f"host {this.host.name} has libvirt {'.'.join(map(str, this.host.libvirt_version))};"
+            f" backups need {'.'.join(map(str, NEEDS_BACKUP))}",
+            hint="Use --method mirror.",
+        )
+    return "backup" if can_back_up and this.spec.method != "mirror" else "mirror"
+
+
+# --- backup -----------------------------------------------------------------------------------------------------------
+
+
+def _by_backup(this: Taking, taken: Taken | None) -> Taken:
+    job = BackupJob(this.guest)
+    if taken is None:
+        abandon(this.guest, this.folder, this.ctx)
+        taken = _begin_backup(this, job)
+    try:
+        _follow(this, job.progress, lambda: job.progress() is None)
+        job.require_success()
+    except JobLost:
+        abandon(this.guest, this.folder, this.ctx)
+        raise
+    return taken
+
+
+def _begin_backup(this: Taking, job: BackupJob) -> Taken:
+    disks = _make_targets(this)
+    targets = [BlockTarget(disk.target, disk.path, disk.format) for disk in disks]
+    chain.sweep(this.guest, this.instance.local.data)
+    link, speeds = chain.continue_from(this), _speeds(this)
+    with held(this) as hold:
+        try:
+            job.begin(targets, since=link.since, checkpoint=link.checkpoint)
+        except CheckpointMissing as error:
+            link = chain.broken(link, error.message)
+            job.begin(targets, checkpoint=link.checkpoint)
+        moment, power = now(), this.guest.power()
+        job.limit(speeds)
+    taken = Taken(
+        method="backup",
+        taken_at=moment,
+        power=power,
+        **_achieved(hold, link.note),
+        parent=link.parent,
+        checkpoint=link.checkpoint,
+        disks=disks,
+    )
+    this.remember(taken)
+    return taken
+
+
+def _make_targets(this: Taking) -> tuple[TakenDisk, ...]:
+    """An empty image for each disk; under its final name where nothing remains to be converted."""
+    form: DiskFormat = "qcow2" if this.spec.compress else this.spec.format
+    folder = this.folder
+    paths = [folder.taken(disk) if this.spec.compress else folder.disk(disk, form) for disk in this.targets]
+    disks = tuple(this.taken_disk(*one, form) for one in zip(this.disks, paths, strict=True))
+    for disk in disks:
+        qemu_img.create(disk.path, form, disk.virtual_size)
+        disk.path.chmod(0o600)
+    return disks
+
+
+def _achieved(hold: Hold, *notes: str) -> dict[str, object]:
+    return {
+        "consistency": hold.consistency,
+        "frozen_filesystems": hold.frozen,
+        "held_seconds": round(hold.seconds, 3),
+        "notes": tuple(filter(None, [hold.note, *notes])),
+    }
+
+
+# --- mirror -----------------------------------------------------------------------------------------------------------
+
+
+def _by_mirror(this: Taking) -> Taken:
+    taken = this.recall()
+    if taken:
+        return taken
+    jobs = [MirrorJob(this.guest, disk) for disk in this.targets]
+    if [job.target() for job in jobs] != [this.folder.taken(disk) for disk in this.targets]:
+        abandon(this.guest, this.folder, this.ctx)
+        speeds = _speeds(this)
+        for disk, job in zip(this.disks, jobs, strict=True):
+            _begin_mirror(this, disk, job, speeds.get(disk.target))
+    _follow(this, lambda: _total(jobs), lambda: all(job.is_ready() for job in jobs) or _require_mirrors(this, jobs))
+    power = this.guest.power()
+    # Mirrors end one after the other: only a guest that stands still has all its disks at one instant.
+    with held(this, pause=len(jobs) > 1) as hold:
+        for job in jobs:
+            job.end()
+        moment = now()
+    disks = tuple(this.taken_disk(disk, this.folder.taken(disk.target), "qcow2") for disk in this.disks)
+    taken = Taken(method="mirror", taken_at=moment, power=power, **_achieved(hold), disks=disks)
+    this.remember(taken)
+    return taken
+
+
+def _begin_mirror(this: Taking, disk: GuestDisk, job: MirrorJob, limit: int | None) -> None:
+    path = this.folder.taken(disk.target)
+    size = qemu_img.info(disk.path, format_of(disk)).virtual_size
+    if disk.backing:
+        backing_format: DiskFormat = "raw" if disk.backing_format == "raw" else "qcow2"
+        qemu_img.create_overlay(path, disk.backing, backing_format, size)
+    else:
+        qemu_img.create(path, "qcow2", size)
+    job.begin(path, limit)
+
+
+def _total(jobs: Sequence[MirrorJob]) -> JobProgress:
+    parts = [part for part in (job.progress() for job in jobs) if part]
+    return JobProgress(sum(part.done for part in parts), sum(part.total for part in parts))
+
+
+def _require_mirrors(this: Taking, jobs: Sequence[MirrorJob]) -> bool:
+    """Raise when a mirror has ended by itself: libvirt does not keep why. False while all go on."""
+    for disk, job in zip(this.targets, jobs, strict=True):
+        if job.target() is None:
+            if not this.guest.is_active():
+                raise InvalidState(f"{this.guest.name} is {this.guest.power()}: its mirrors are gone")
+            free = available_space(this.folder.path)
+            kind = NoSpace if free < this.instance.local.settings.reserve_bytes else HypervisorError
+            raise kind(f"the mirror of {disk} of {this.guest.name} broke off; {human_size(free)} are available")
+    return False
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
+def _follow(this: Taking, progress: Callable[[], JobProgress | None], ended: Callable[[], bool]) -> None:
+    """Report a job's progress until it has ended. Raises Stalled when it moves nothing for too long."""
+    stall = this.instance.local.settings.stall_timeout
+    last, moved_at = JobProgress(-1, 0), time.monotonic()
+    while not ended():
+        if (seen := progress()) is not None:
+            this.ctx.progress(seen.done, seen.total, "copying")
+            if seen != last:
+                last, moved_at = seen, time.monotonic()
+        this.ctx.check()
+        if time.monotonic() - moved_at > stall:
+            raise Stalled(f"the copy of {this.guest.name} has moved nothing for {stall:g} s", seconds=stall)
+        time.sleep(POLL)
+
+
+def _speeds(this: Taking) -> dict[str, int]:
+    """The limit, shared out by size so that all disks are done at about the same time. Bytes per second."""
+    if not this.spec.bytes_per_second:
+        return {}
+    sizes = {disk.target: qemu_img.info(disk.path, format_of(disk)).virtual_size for disk in this.disks}
+    return {disk: max(1, this.spec.bytes_per_second * size // sum(sizes.values())) for disk, size in sizes.items()}

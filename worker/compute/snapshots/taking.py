@@ -1,0 +1,141 @@
+"""What all ways of taking a snapshot share: the guest, the folder it goes to, and which of its disks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from worker.compute.local import LocalInstance, require_ours
+from worker.context import Context
+from worker.errors import InvalidSpec, SnapshotExists, UnsupportedByHost
+from worker.images import qemu_img, snapshots
+from worker.images.files import write_text_durably
+from worker.images.layout import SnapshotDir
+from worker.models import DiskFormat, Frozen, GuestDisk, Snapshot, SnapshotSpec, Taken, TakenDisk
+from worker.virt.domain_xml import parse_nvram
+from worker.virt.guest import Guest
+from worker.virt.host import Host
+
+
+@dataclass(frozen=True)
+class Taking:
+    """A snapshot that is being taken: of which guest, how, and into which folder. Its id is its operation's."""
+
+    instance: LocalInstance
+    spec: SnapshotSpec
+    ctx: Context
+    host: Host
+    guest: Guest
+    folder: SnapshotDir
+    disks: Sequence[GuestDisk]
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the disks, as the guest's definition has them."""
+        return [disk.target for disk in self.disks]
+
+    def recall(self) -> Taken | None:
+        """What an earlier attempt caught, if it got as far as that."""
+        try:
+            return Taken.model_validate_json(self.folder.instant.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def remember(self, taken: Taken) -> None:
+        """Keep what was caught, and the guest's definition and UEFI variables as they are now."""
+        xml = self.guest.xml(inactive=True)
+        write_text_durably(self.folder.definition, xml, mode=0o600)
+        nvram = parse_nvram(xml)
+        if nvram and nvram.exists():
+            self.folder.nvram.write_bytes(nvram.read_bytes())
+        write_text_durably(self.folder.instant, taken.model_dump_json(), mode=0o600)
+
+    def taken_disk(self, disk: GuestDisk, path: Path, form: DiskFormat) -> TakenDisk:
+        """A disk's content at `path`, in `form`."""
+        size = qemu_img.info(disk.path, format_of(disk)).virtual_size
+        return TakenDisk(target=disk.target, role=disk.role, path=path, format=form, virtual_size=size)
+
+
+@contextmanager
+def taking(instance: LocalInstance, spec: SnapshotSpec, ctx: Context) -> Iterator[Taking]:
+    """The instance's guest, locked and marked as this operation's. Raises InvalidSpec, NotOurs, UnsupportedByHost."""
+    with instance.owned(ctx), instance.local.libvirt() as host:
+        guest = host.guest(instance.uuid)
+        require_ours(guest)
+        guest.claim(instance.owner(ctx))
+        folder = instance.local.data.unfinished_snapshot(ctx.operation)
+        yield Taking(instance, spec, ctx, host, guest, folder, chosen_disks(guest, spec))
+
+
+def published(instance: LocalInstance, ctx: Context) -> Snapshot | None:
+    """This operation's snapshot, if it is published already. Raises SnapshotExists when it is of another instance."""
+    found = snapshots.find(instance.local.data, ctx.operation)
+    if found and str(found.instance_uuid) != instance.uuid:
+        raise SnapshotExists(
+            f"operation_id: a snapshot {found.id} of {found.instance} ({found.instance_uuid}) is there already",
+            field="operation_id",
+            given=ctx.operation,
+        )
+    return found
+
+
+def chosen_disks(guest: Guest, spec: SnapshotSpec) -> list[GuestDisk]:
+    """The disks to take: those asked for, or all that the guest can write to. Raises InvalidSpec."""
+    there = {disk.target: disk for disk in guest.disks()}
+    writable = [target for target, disk in there.items() if not disk.readonly]
+    unknown = [target for target in spec.disks if target not in writable]
+    if unknown or not writable:
+        raise InvalidSpec(
+            f"disks: {guest.name} has {', '.join(writable) or 'none'} to take"
+            f" (given: {', '.join(spec.disks) or 'all'})",
+            field="disks",
+            given=list(spec.disks),
+            allowed=writable,
+        )
+    wanted = set(spec.disks or writable)
+    return [there[target] for target in writable if target in wanted]
+
+
+def format_of(disk: GuestDisk) -> DiskFormat:
+    """The format of a guest's disk. Raises UnsupportedByHost for one that snapshots do not know."""
+    if disk.format == "qcow2":
+        return "qcow2"
+    if disk.format == "raw":
+        return "raw"
+    raise UnsupportedByHost(
+        f"disk {disk.target} is of format {disk.format}; snapshots are taken of qcow2 and raw disks",
+        hint="Choose the disks to take with --disk.",
+    )
+
+
+def now() -> datetime:
+    """The time, as manifests have it."""
+    return datetime.now(UTC)
+
+
+class Intent(Frozen):
+    """What is being done to a guest that must be taken back; `released` when somebody else has done so."""
+
+    name: str
+    uuid: str
+    frozen: bool = False
+    paused: bool = False
+    released: bool = False
+
+
+def note_intent(folder: SnapshotDir, intent: Intent) -> None:
+    """Put down what is about to be done to the guest, for whoever has to take it back."""
+    write_text_durably(folder.intent, intent.model_dump_json())
+
+
+def intent_of(folder: SnapshotDir) -> Intent | None:
+    """What is being done to the guest, or what a dead attempt may have left done to it."""
+    try:
+        return Intent.model_validate_json(folder.intent.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None

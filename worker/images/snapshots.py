@@ -1,0 +1,116 @@
+"""Published snapshots on a host: folders whose manifest.json says what they are. Nothing else is a snapshot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import structlog
+from pydantic import ValidationError
+
+from worker.errors import InvalidSpec, SnapshotInUse, SnapshotNotFound
+from worker.images.files import publish_folder, remove_tree, write_text_durably
+from worker.images.layout import DataDir, SnapshotDir
+from worker.models import Snapshot, SnapshotDisk, SnapshotEntry
+
+log = structlog.get_logger(__name__)
+
+
+def find(data: DataDir, snapshot: str) -> Snapshot | None:
+    """The published snapshot of that id, if it is on this host."""
+    return _read(data.snapshot(snapshot))
+
+
+def require(data: DataDir, snapshot: str) -> Snapshot:
+    """The published snapshot of that id. Raises SnapshotNotFound."""
+    found = find(data, snapshot) if snapshot else None
+    if found is None:
+        raise SnapshotNotFound(
+            f"snapshot: none with the id {snapshot!r} lies in {data.snapshots}", field="snapshot", given=snapshot
+        )
+    return found
+
+
+def every(data: DataDir) -> list[Snapshot]:
+    """All snapshots published on this host, oldest first."""
+    found = [_read(SnapshotDir(path)) for path in data.snapshots.glob("[!.]*")]
+    return sorted((one for one in found if one), key=lambda one: one.taken_at)
+
+
+def entry_of(snapshot: Snapshot) -> SnapshotEntry:
+    """What the registry says of a snapshot."""
+    fields = snapshot.model_dump(include=set(SnapshotEntry.model_fields) - {"disks"})
+    return SnapshotEntry(
+        **fields,
+        disks=tuple(disk.target for disk in snapshot.disks),
+        virtual_size=sum(disk.virtual_size for disk in snapshot.disks),
+        actual_size=sum(disk.actual_size for disk in snapshot.disks),
+    )
+
+
+def root_disk(snapshot: Snapshot) -> SnapshotDisk:
+    """The disk that the guest boots from. Raises InvalidSpec when the snapshot was taken without it."""
+    for disk in snapshot.disks:
+        if disk.role in {"root", ""}:  # guests that are not the fleet's do not say: the first one is
+            return disk
+    raise InvalidSpec(
+        f"snapshot: {snapshot.id} holds {', '.join(disk.target for disk in snapshot.disks)}, and no root disk",
+        field="snapshot",
+        given=snapshot.id,
+    )
+
+
+def used_by(data: DataDir, snapshot: str) -> list[str]:
+    """Ids of the snapshots that hold only what changed since this one."""
+    return [one.id for one in every(data) if any(disk.backing == snapshot for disk in one.disks)]
+
+
+def publish(data: DataDir, snapshot: Snapshot) -> None:
+    """Let a snapshot, whose files are durable, appear as a whole under its id. Raises NoSpace."""
+    unfinished = data.unfinished_snapshot(snapshot.id)
+    # The guest's definition may hold passwords, and its disks certainly do.
+    write_text_durably(unfinished.manifest, snapshot.model_dump_json(indent=1) + "\n", mode=0o600)
+    wanted = {unfinished.manifest.name, *(disk.file for disk in snapshot.disks), *filter(None, [snapshot.nvram])}
+    for path in unfinished.path.iterdir():
+        if path.name not in wanted:
+            path.unlink()
+    publish_folder(unfinished.path, data.snapshot(snapshot.id).path)
+
+
+def remove(data: DataDir, snapshot: str) -> bool:
+    """Remove a snapshot, published or not; False when there was none. Raises SnapshotInUse.
+
+    It stops being a snapshot before its first file goes.
+    """
+    published, unfinished = data.snapshot(snapshot).path, data.unfinished_snapshot(snapshot).path
+    users = used_by(data, snapshot)
+    if users:
+        raise SnapshotInUse(
+            f"snapshot {snapshot} is needed by {', '.join(users)}, which hold only what changed since",
+            hint="Delete those first, the newest one first.",
+            used_by=users,
+        )
+    there = published.exists() or unfinished.exists()
+    remove_tree(unfinished, data.snapshots)
+    if published.exists():
+        published.rename(unfinished)
+        remove_tree(unfinished, data.snapshots)
+    return there
+
+
+def sweep(data: DataDir, live_operations: set[str]) -> list[Path]:
+    """Remove what operations that are over left unfinished."""
+    live = {data.unfinished_snapshot(operation).path for operation in live_operations}
+    swept = [path for path in data.unfinished_snapshots() if path not in live]
+    for path in swept:
+        remove_tree(path, data.snapshots)
+    return swept
+
+
+def _read(folder: SnapshotDir) -> Snapshot | None:
+    try:
+        return Snapshot.model_validate_json(folder.manifest.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        log.warning("not a snapshot's manifest", path=str(folder.manifest), error=str(error))
+        return None

@@ -1,0 +1,75 @@
+"""Freezing and thawing a guest's file systems through its agent: bounded, and thawed whatever happens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import libvirt
+import libvirt_qemu
+
+from worker.errors import FleetError, InstanceNotFound, InvalidState
+from worker.virt.faults import translated
+from worker.virt.guest import Guest
+
+ANSWER_WITHIN = 10
+"""Seconds the agent has to freeze or thaw. A busy guest flushes its caches first; libvirt alone would wait for ever."""
+
+_FREEZE_STATUS = '{"execute":"guest-fsfreeze-status"}'
+_OS_INFO = '{"execute":"guest-get-osinfo"}'
+
+
+def freeze(guest: Guest) -> int:
+    """Flush and freeze the guest's file systems; how many. Raises AgentUnresponsive, InvalidState when not running.
+
+    Also after an error the guest may be frozen, or become so when its agent catches up: thaw it in any case.
+    """
+    with _bounded(guest), translated(f"freeze the file systems of {guest.name}", guest.host):
+        return int(guest.domain.fsFreeze())
+
+
+def thaw(guest: Guest) -> None:
+    """Thaw the guest's file systems; thawed already, off or gone is success. Raises AgentUnresponsive."""
+    try:
+        with _bounded(guest), translated(f"thaw the file systems of {guest.name}", guest.host):
+            guest.domain.fsThaw()
+    except (InvalidState, InstanceNotFound):
+        if guest.is_active():
+            raise
+
+
+def is_frozen(guest: Guest) -> bool:
+    """Whether file systems of the guest are frozen. Raises AgentUnresponsive, InvalidState."""
+    return bool(_ask(guest, _FREEZE_STATUS) == "frozen")
+
+
+def freezes_applications(guest: Guest) -> bool:
+    """Whether a freeze also makes applications write their data out, as Windows does with its shadow copies (VSS).
+
+    On other systems the agent may run hooks that do the same, but it does not tell whether it has any.
+    """
+    try:
+        answer = _ask(guest, _OS_INFO)
+    except FleetError:
+        return False
+    return isinstance(answer, dict) and answer.get("id") == "mswindows"
+
+
+def _ask(guest: Guest, command: str) -> object:
+    with translated(f"ask the agent of {guest.name}", guest.host):
+        answer = libvirt_qemu.qemuAgentCommand(guest.domain, command, ANSWER_WITHIN, 0)
+    return json.loads(answer).get("return")
+
+
+@contextmanager
+def _bounded(guest: Guest) -> Iterator[None]:
+    """The agent must answer in time; afterwards libvirt waits as long as it did before."""
+    with translated(f"bound the wait for the agent of {guest.name}", guest.host):
+        guest.domain.agentSetResponseTimeout(ANSWER_WITHIN, 0)
+    try:
+        yield
+    finally:
+        # Not worth an error, least of all in place of the one that is on its way.
+        with suppress(FleetError), translated(f"bound the wait for the agent of {guest.name}", guest.host):
+            guest.domain.agentSetResponseTimeout(libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK, 0)

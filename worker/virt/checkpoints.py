@@ -1,0 +1,41 @@
+"""Checkpoints: since when a guest's qcow2 disks note what changes, so that the next backup copies only that."""
+
+from __future__ import annotations
+
+import libvirt
+
+from worker.errors import CheckpointMissing, UnsupportedByHost
+from worker.virt.domain_xml import parse
+from worker.virt.faults import translated
+from worker.virt.guest import Guest
+
+
+def names(guest: Guest) -> list[str]:
+    """The guest's checkpoints, oldest first."""
+    with translated(f"list the checkpoints of {guest.name}", guest.host):
+        found = guest.domain.listAllCheckpoints(libvirt.VIR_DOMAIN_CHECKPOINT_LIST_TOPOLOGICAL)
+        return [str(checkpoint.getName()) for checkpoint in found]
+
+
+def changed_bytes(guest: Guest, name: str) -> dict[str, int]:
+    """About how many bytes of each disk changed since the checkpoint. Raises CheckpointMissing."""
+    flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN | libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
+    with translated(f"measure what changed in {guest.name} since {name}", guest.host):
+        xml = guest.domain.checkpointLookupByName(name).getXMLDesc(flags)
+    disks = parse(str(xml)).iterfind("./disks/disk[@checkpoint='bitmap']")
+    return {str(disk.get("name")): int(disk.get("size", 0)) for disk in disks}
+
+
+def delete(guest: Guest, name: str) -> bool:
+    """Delete a checkpoint; what it noted goes into the one before it. False where libvirt needs the guest to run.
+
+    Gone already is success.
+    """
+    try:
+        with translated(f"delete checkpoint {name} of {guest.name}", guest.host):
+            guest.domain.checkpointLookupByName(name).delete()
+    except CheckpointMissing:
+        return True
+    except UnsupportedByHost:  # libvirt 9: "cannot delete checkpoint for inactive domain"
+        return False
+    return True
