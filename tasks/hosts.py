@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import structlog
+from celery.exceptions import TimeoutError as NoAnswer
 
-from worker.app import app
+from worker.app import app, host_queue
 from worker.compute import survey
 from worker.compute.local import LocalHost
 from worker.compute.snapshots.watch import HoldWatch
+from worker.engine.connection import translated
 from worker.engine.journal import journal
 from worker.engine.patience import patiently
 from worker.engine.registry import HostRecord, registry
-from worker.errors import FleetError
+from worker.errors import FleetError, HostUnreachable
 from worker.images import snapshots
 from worker.images.reserve import Ledger
 from worker.settings import get_settings
@@ -37,6 +39,24 @@ def sync_host(host: str) -> dict[str, Any]:
         "instances": [instance.model_dump(mode="json") for instance in present],
         "snapshots": [snapshot.model_dump(mode="json") for snapshot in published],
     }
+
+
+def ask_to_sync(host: str, timeout: float) -> dict[str, Any]:
+    """Have a host's control worker sync it; what it found. Raises `UnknownHost`, `HostUnreachable`."""
+    registry().require_host(host)
+    if "control" not in registry().alive(host):
+        raise HostUnreachable(
+            f"no control worker serves host {host!r} right now",
+            hint=f"Start it on the host: virtfleet worker control --host {host}",
+        )
+    with translated():
+        asked = app.send_task(sync_host.name, args=[host], queue=host_queue(host, "control"), expires=timeout)
+        try:
+            found: dict[str, Any] = asked.get(timeout=timeout)
+        except NoAnswer:
+            message = f"the control worker of host {host!r} did not answer within {timeout:.0f} s"
+            raise HostUnreachable(message) from None
+    return found
 
 
 def join(host: str) -> None:

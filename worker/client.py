@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from worker.app import app, host_queue
+from tasks.hosts import ask_to_sync
 from worker.engine.connection import shared
 from worker.engine.intervention import cancel, retry_undo
 from worker.engine.journal import Journal
@@ -21,7 +21,6 @@ from worker.engine.record import Record, State
 from worker.engine.registry import Registry
 from worker.engine.requests import Request
 from worker.engine.stalled import why_stalled
-from worker.errors import HostUnreachable
 
 FIRST_POLL, SLOWEST_POLL = 0.02, 0.2
 """Seconds between two looks at an operation (a look costs under a millisecond); short ones end soon."""
@@ -94,15 +93,7 @@ class Fleet:
 
     def sync(self, host: str, timeout: float = 30.0) -> dict[str, Any]:
         """Have a host's control worker rebuild its part of the registry. Raises `HostUnreachable`, `UnknownHost`."""
-        self.registry.require_host(host)
-        if "control" not in self.registry.alive(host):
-            raise HostUnreachable(
-                f"no control worker serves host {host!r} right now",
-                hint=f"Start it on the host: virtfleet worker control --host {host}",
-            )
-        result = app.send_task("virtfleet.sync_host", args=[host], queue=host_queue(host, "control"))
-        found: dict[str, Any] = result.get(timeout=timeout)
-        return found
+        return ask_to_sync(host, timeout)
 
 
 def _log_through_logging() -> None:

@@ -47,7 +47,7 @@ def test_settings_table_equals_the_settings() -> None:
 
 def test_every_operation_is_in_the_readme() -> None:
     text = README.read_text()
-    names = [name.removeprefix("virtfleet.") for name in kinds._kinds]
+    names = [name.removeprefix("virtfleet.") for name in kinds._kinds if name.startswith("virtfleet.")]
     missing = [name for name in names if f"`{name}`" not in text]
     assert not missing, f"README.md does not name the operations {missing}"
 

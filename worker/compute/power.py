@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from worker.compute.local import LocalInstance, require_ours
 from worker.context import Context
-from worker.errors import InvalidState
+from worker.errors import Cancelled, InvalidState
 from worker.models import Frozen, PowerState
 from worker.virt.guest import Guest
 
@@ -130,6 +130,23 @@ def _take_down(guest: Guest, before: PowerState, patience: Patience, ctx: Contex
         return "powered off by force"
     if before is PowerState.PAUSED:
         guest.resume()  # a paused guest cannot save its data: let it hear the request
+        with _paused_again_if_stopped(guest):
+            return _ask_down(guest, patience, ctx)
+    return _ask_down(guest, patience, ctx)
+
+
+@contextmanager
+def _paused_again_if_stopped(guest: Guest) -> Iterator[None]:
+    """A cancel must leave a guest that was paused as it was."""
+    try:
+        yield
+    except Cancelled:
+        if guest.power() is PowerState.RUNNING:
+            guest.pause()
+        raise
+
+
+def _ask_down(guest: Guest, patience: Patience, ctx: Context) -> str:
     began = time.monotonic()
     asked = 0
     while (elapsed := time.monotonic() - began) < patience.timeout:

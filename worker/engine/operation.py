@@ -26,6 +26,9 @@ from worker.models import explain
 
 log = structlog.get_logger(__name__)
 
+MOST_FIELDS = 64
+"""Fields of a rejected request that its record keeps; no request has more."""
+
 _OF_THE_CALL = ("operation_id", "wait_if_busy")
 
 
@@ -38,8 +41,9 @@ def operation(
         kind = Kind(name, request, build)
         add_kind(kind)
 
-        def by_name(task: Any, /, **arguments: Any) -> dict[str, Any]:
-            return _admit_by_name(kind, task, arguments)
+        def by_name(task: Any, /, *unnamed: Any, **arguments: Any) -> dict[str, Any]:
+            # Requests have named fields only: what came without a name is rejected like an unknown field.
+            return _admit_by_name(kind, task, {**arguments, **({"args": list(unnamed)} if unnamed else {})})
 
         by_name.__doc__ = build.__doc__
         app.task(name=name, bind=True)(by_name)
@@ -147,8 +151,9 @@ def _validated(kind: Kind[Any], arguments: dict[str, Any], operation_id: str) ->
 
 
 def _bounded(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments short enough to be kept in the record of their rejection."""
-    return {key: value if len(json.dumps(value)) <= 1000 else "<too long>" for key, value in arguments.items()}
+    """Arguments few and short enough to be kept in the record of their rejection."""
+    kept = dict(list(arguments.items())[:MOST_FIELDS])
+    return {key[:100]: value if len(json.dumps(value)) <= 1000 else "<too long>" for key, value in kept.items()}
 
 
 def _turned_away(kind: Kind[Any], operation_id: str, arguments: dict[str, Any], error: FleetError) -> dict[str, Any]:
