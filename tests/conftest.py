@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -55,6 +56,7 @@ def _point_celery_at(broker: str, backend: str) -> None:
     # Celery has no public way to let go of its connections: these lead to the former Redis.
     app._after_fork()  # type: ignore[attr-defined]
     app._backend_cache = None  # type: ignore[attr-defined]
+    app._local = threading.local()  # type: ignore[attr-defined]  # where a backend that is not thread-safe is kept
 
 
 @pytest.fixture(scope="session")

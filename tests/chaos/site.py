@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import libvirt
 import libvirt_qemu
@@ -64,13 +64,13 @@ mark vdb 0
 mkdir /data
 blkid /dev/vdc >/dev/null || mkfs.ext4 -q /dev/vdc
 mount /dev/vdc /data
-# Writes all the time, to two disks in turn; a snapshot shows both within one write.
+# Writes all the time, to two disks in turn; a snapshot shows both within one write. Nowhere new: on a full disk that
+# would pause the guest for good.
 (n=0; while :; do
   n=$((n + 1))
   for disk in vda vdb; do
     printf '%016d' $n | dd of=/dev/$disk bs=512 seek={COUNTER} conv=notrunc,fsync 2>/dev/null
   done
-  echo $n >/data/n
   sleep 0.05
 done) &
 echo "{MARKED}"
@@ -296,6 +296,7 @@ class Site:
     def wait_booted(self) -> None:
         """Wait until the pet, if it runs, has booted and writes."""
         if self.power(PET) is PowerState.RUNNING:
+            wait_until(lambda: self._agent_says("guest-ping") is not None, 60, "the guest's agent answers")
             wait_until(lambda: self._console().count(MARKED) >= self.boots(), 60, "the guest has booted")
 
     def _console(self) -> str:
@@ -305,14 +306,14 @@ class Site:
 
     def frozen(self) -> bool:
         """Whether the pet's file systems are frozen, if it runs."""
-        with self._connected() as connection:
-            domain = connection.lookupByName(PET)
-            if domain.state()[0] != libvirt.VIR_DOMAIN_RUNNING:
-                return False
-            with suppress(libvirt.libvirtError):  # it is booting: nothing is mounted yet
-                answer = libvirt_qemu.qemuAgentCommand(domain, '{"execute":"guest-fsfreeze-status"}', 5, 0)
-                return bool(json.loads(answer)["return"] == "frozen")
-        return False
+        return self._agent_says("guest-fsfreeze-status") == "frozen"
+
+    def _agent_says(self, command: str) -> object:
+        """What the pet's agent answers; None while it is off or boots."""
+        with self._connected() as connection, suppress(libvirt.libvirtError):
+            answer = libvirt_qemu.qemuAgentCommand(connection.lookupByName(PET), json.dumps({"execute": command}), 5, 0)
+            return cast("object", json.loads(answer)["return"])
+        return None
 
     def log_offsets(self) -> dict[Path, int]:
         """How long the workers' logs are now."""
