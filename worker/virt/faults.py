@@ -99,6 +99,8 @@ RULES: tuple[Rule, ...] = (
         message=r'Failed to get .*"\w+" lock',
         hint="Another QEMU process has a disk of this guest open; it is tried again by itself.",
     ),
+    # A block job that is done, or about to be.
+    Rule(InvalidState, _INTERNAL, _QEMU, message=r"cannot accept command verb"),
     Rule(DomainRejected, _INTERNAL, _QEMU, message=r"process exited|unexpectedly closed the monitor"),
     Rule(NetworkNotFound, _SYSTEM, _FILES, _of(errno.ENODEV)),
     Rule(NetworkNotFound, _of(libvirt.VIR_ERR_NO_NETWORK, libvirt.VIR_ERR_NO_INTERFACE)),

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 NEEDS_BACKUP = (7, 2, 0)
 """libvirt's news: backups are on by default since then; before, QEMU's part of them was experimental."""
 
-_NO_JOB = (libvirt.VIR_ERR_INVALID_ARG, libvirt.VIR_ERR_OPERATION_INVALID)
 _BACKUP = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
 # Files that libvirt makes itself are made one after the other while a frozen guest waits (two disks: 0.7 s, not 0.3 s).
 _BEGIN_FLAGS = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL
@@ -222,8 +221,10 @@ def _set_speed(guest: Guest, disk: str, bytes_per_second: int) -> None:
     try:
         with translated(f"limit the copy of {disk} of {guest.name}", guest.host):
             guest.domain.blockJobSetSpeed(disk, bytes_per_second, flags)
-    except (InvalidState, HypervisorError) as error:
-        if error.details.get("libvirt_code") not in _NO_JOB:
+    except InvalidState:
+        return  # done already
+    except HypervisorError as error:
+        if error.details.get("libvirt_code") != libvirt.VIR_ERR_INVALID_ARG:  # no job on that disk
             raise
 
 

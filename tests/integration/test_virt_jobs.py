@@ -1,0 +1,197 @@
+"""Block jobs on a real libvirtd and QEMU: how one ended is known for certain, or is said to be unknown."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from tests.lab import LabHost, lab_folder, wait_until
+from worker.errors import CheckpointMissing, InvalidState, JobLost
+from worker.models import MIB, Disk, DomainConfig, Owner, PowerState
+from worker.virt import checkpoints
+from worker.virt.guest import Guest
+from worker.virt.host import Host
+from worker.virt.jobs import BackupJob, BlockTarget, MirrorJob
+
+SIZE = 32 * MIB
+SLOW = 4 * MIB  # bytes per second
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[LabHost]:
+    with lab_folder() as folder, LabHost("jobs", folder) as lab:
+        yield lab
+
+
+@contextmanager
+def connected(lab: LabHost) -> Iterator[Host]:
+    with Host.open(lab.uri, name=lab.name, timeout=10) as host:
+        yield host
+
+
+@pytest.fixture
+def guest(lab: LabHost) -> Iterator[Guest]:
+    """A guest that runs, with two disks full of data."""
+    uuid = uuid4()
+    disks = tuple(_disk(lab, f"{uuid.hex[:8]}-{target}", target) for target in ("vda", "vdb"))
+    config = DomainConfig(
+        name=f"g-{uuid.hex[:8]}",
+        uuid=uuid,
+        owner=Owner(name="g", uuid=uuid, operation="op-1", fence=1),
+        vcpus=1,
+        memory_mib=64,
+        disks=disks,
+        accel="qemu",
+        emulator=Path("/usr/bin/qemu-system-x86_64"),
+        console_log=lab.data / f"{uuid.hex[:8]}.log",
+    )
+    with connected(lab) as host:
+        guest = host.define(config)
+        guest.start()
+        yield guest
+    with connected(lab) as host:
+        left = host.guest(uuid)
+        left.destroy()
+        left.undefine()
+
+
+def _disk(lab: LabHost, name: str, target: str) -> Disk:
+    path = empty(lab, name)
+    write = f"write -P {ord(target[-1])} 0 {SIZE}"
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", write, str(path)], check=True, stdout=subprocess.DEVNULL)
+    return Disk(role="ephemeral", target=target, path=path, format="qcow2", virtual_size=SIZE)
+
+
+def empty(lab: LabHost, name: str) -> Path:
+    path = lab.data / f"{name}.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(SIZE)], check=True)
+    return path
+
+
+def targets(lab: LabHost, name: str) -> list[BlockTarget]:
+    return [BlockTarget(disk, empty(lab, f"{name}-{disk}"), "qcow2") for disk in ("vda", "vdb")]
+
+
+def ended(job: BackupJob) -> None:
+    wait_until(lambda: job.progress() is None, 60, "the backup ends")
+
+
+def assert_same(guest: Guest, chosen: list[BlockTarget]) -> None:
+    for disk, target in zip(guest.disks(), chosen, strict=True):
+        subprocess.run(["qemu-img", "compare", "-U", "-q", str(disk.path), str(target.path)], check=True)
+
+
+def test_a_backup_copies_all_disks_and_says_that_it_has(lab: LabHost, guest: Guest) -> None:
+    job, chosen = BackupJob(guest), targets(lab, "whole")
+    assert job.targets() == {}
+    job.begin(chosen)
+    ended(job)
+    job.require_success()
+    job.require_success()
+    assert_same(guest, chosen)
+    job.forget_outcome()
+    with pytest.raises(JobLost):
+        job.require_success()
+
+
+def test_a_success_of_before_is_not_taken_for_one_of_now(lab: LabHost, guest: Guest) -> None:
+    job = BackupJob(guest)
+    job.begin(targets(lab, "before"))
+    ended(job)
+    job.begin(targets(lab, "now"))
+    job.limit({"vda": SLOW, "vdb": SLOW})
+    with pytest.raises(JobLost):
+        job.require_success()
+    guest.abort_job()
+    ended(job)
+    with pytest.raises(Exception, match="cancel"):
+        job.require_success()
+    assert guest.power() is PowerState.RUNNING
+
+
+def test_a_backup_is_found_again_after_libvirtd_was_killed(lab: LabHost, guest: Guest) -> None:
+    chosen = targets(lab, "found")
+    BackupJob(guest).begin(chosen)
+    BackupJob(guest).limit({"vda": SLOW, "vdb": SLOW})
+    lab.libvirtd_kill9()
+    lab.libvirtd_start()
+    with connected(lab) as host:
+        again = host.guest(guest.uuid)
+        job = BackupJob(again)
+        assert job.targets() == {target.disk: target.path for target in chosen}
+        progress = job.progress()
+        assert progress is not None
+        assert 0 < progress.done < progress.total
+        ended(job)
+        job.require_success()
+        assert_same(again, chosen)
+
+
+def test_a_guest_that_is_powered_off_takes_its_backup_with_it(lab: LabHost, guest: Guest) -> None:
+    job = BackupJob(guest)
+    job.begin(targets(lab, "off"))
+    job.limit({"vda": SLOW, "vdb": SLOW})
+    guest.destroy()
+    assert job.progress() is None
+    assert job.targets() == {}
+    with pytest.raises(InvalidState, match="off"):
+        job.require_success()
+
+
+def test_an_increment_needs_its_checkpoint(lab: LabHost, guest: Guest) -> None:
+    job = BackupJob(guest)
+    with pytest.raises(CheckpointMissing):
+        job.begin(targets(lab, "none"), since="nosuch", checkpoint="first")
+    assert checkpoints.names(guest) == []
+    job.begin(targets(lab, "first"), checkpoint="first")
+    ended(job)
+    chosen = targets(lab, "second")
+    job.begin(chosen, since="first", checkpoint="second")
+    ended(job)
+    job.require_success()
+    assert all(target.path.stat().st_size < MIB for target in chosen)
+    assert checkpoints.names(guest) == ["first", "second"]
+    assert checkpoints.changed_bytes(guest, "first") == {"vda": 0, "vdb": 0}
+    assert checkpoints.delete(guest, "first")
+    assert checkpoints.delete(guest, "first")
+    assert checkpoints.names(guest) == ["second"]
+
+
+def test_a_mirror_holds_the_disk_as_it_is_when_it_ends(lab: LabHost, guest: Guest) -> None:
+    job, path = MirrorJob(guest, "vda"), empty(lab, "mirror")
+    assert (job.target(), job.progress(), job.is_ready()) == (None, None, False)
+    job.begin(path)
+    assert job.target() == path
+    wait_until(job.is_ready, 60, "the mirror is ready")
+    job.end()
+    assert job.target() is None
+    assert guest.is_persistent()
+    subprocess.run(["qemu-img", "compare", "-U", "-q", str(guest.disks()[0].path), str(path)], check=True)
+    with pytest.raises(Exception, match="vda"):
+        job.end()
+
+
+def test_memory_that_was_saved_comes_back_and_paused_stays_paused(guest: Guest) -> None:
+    guest.pause()
+    guest.save_memory(Watching())
+    guest.save_memory(Watching())
+    assert guest.power() is PowerState.SAVED
+    guest.start()
+    assert guest.power() is PowerState.PAUSED
+    guest.drop_stale_memory()
+    assert not guest.has_managed_save()
+
+
+class Watching:
+    """Nobody stops the work."""
+
+    def progress(self, done: int, total: int | None = None, note: str = "") -> None:
+        assert done >= 0
+
+    def check(self) -> None:
+        return
