@@ -53,6 +53,11 @@ class InstanceDir:
         return self.path / "instance.json"
 
     @property
+    def before_resize(self) -> Path:
+        """What the instance was before a resize that can still be taken back."""
+        return self.path / ".before-resize.json"
+
+    @property
     def lock(self) -> Path:
         """The lock of whoever works on the instance."""
         return self.path / ".lock"

@@ -79,6 +79,11 @@ def resize(path: Path, fmt: DiskFormat, size: int) -> None:
     _run("resize", "-q", "-f", fmt, _safe(path), str(size), output=path)
 
 
+def shrink(path: Path, fmt: DiskFormat, size: int) -> None:
+    """Cut an image to `size` bytes, and what lies beyond is gone. Raises CommandFailed."""
+    _run("resize", "-q", "--shrink", "-f", fmt, _safe(path), str(size), output=path)
+
+
 def convert(
     source: Path,
     source_format: DiskFormat,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import libvirt
@@ -25,7 +25,7 @@ from worker.errors import (
     UnsupportedByHost,
 )
 from worker.models import GuestDisk, Owner, PowerState
-from worker.virt.domain_xml import NAMESPACE, PREFIX, owner_xml, parse, parse_disks, parse_owner
+from worker.virt.domain_xml import NAMESPACE, PREFIX, accel_of, owner_xml, parse, parse_disks, parse_owner
 from worker.virt.faults import translated
 
 _GUEST_PING = '{"execute":"guest-ping"}'
@@ -140,6 +140,10 @@ class Guest:
         flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE if inactive else 0
         with self._trying_to("read the definition of"):
             return str(self._domain.XMLDesc(flags))
+
+    def accel(self) -> Literal["kvm", "qemu"]:
+        """What it is defined to run under."""
+        return "kvm" if accel_of(self.xml(inactive=True)) == "kvm" else "qemu"
 
     def disk_paths(self) -> dict[str, Path]:
         """Target (vda, ...) and file of each disk, as the guest uses them now."""

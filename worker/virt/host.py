@@ -13,9 +13,9 @@ from uuid import UUID
 import libvirt
 
 from worker.errors import HypervisorError, InstanceNotFound, NetworkNotFound, UnsupportedByHost
-from worker.models import DomainConfig
+from worker.models import DomainConfig, Owner
 from worker.virt.connection import connected
-from worker.virt.domain_xml import domain_xml, parse
+from worker.virt.domain_xml import domain_xml, marked, parse, redefined
 from worker.virt.faults import translated
 from worker.virt.guest import Guest
 
@@ -201,10 +201,26 @@ class Host:
 
         Raises FencedOff when a newer execution owns the domain, InstanceExists when another has the name.
         """
-        existing = self.find_uuid(config.uuid)
-        if existing is not None:
-            existing.check_fence(config.owner)
+        self._require_turn(config.owner)
         return self.define_xml(domain_xml(config), name=config.name)
+
+    def redefine(self, xml: str, config: DomainConfig) -> Guest:
+        """Define `xml`, a definition as `Guest.xml(inactive=True)` gave it, with the sizes and places of `config`.
+
+        Raises FencedOff, InstanceExists, DomainRejected.
+        """
+        self._require_turn(config.owner)
+        return self.define_xml(redefined(xml, config), name=config.name)
+
+    def restore(self, xml: str, owner: Owner) -> Guest:
+        """Define `xml` as it was, for `owner`. Raises FencedOff, InstanceExists, DomainRejected."""
+        self._require_turn(owner)
+        return self.define_xml(marked(xml, owner), name=owner.name)
+
+    def _require_turn(self, owner: Owner) -> None:
+        existing = self.find_uuid(owner.uuid)
+        if existing is not None:
+            existing.check_fence(owner)
 
     def define_xml(self, xml: str, *, name: str = "a domain") -> Guest:
         """Define from XML as `Guest.xml(inactive=True)` gave it. Raises DomainRejected."""
