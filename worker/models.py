@@ -373,6 +373,24 @@ class DomainConfig(Frozen):
     disk_cache: Literal["none", "writeback"] = "none"
 
 
+class Peer(Frozen):
+    """Another host, as copies see it: its address, its data directory, and how many copies at a time it sends."""
+
+    name: str
+    address: str
+    data_dir: Path
+    copies_out: int
+
+
+class Move(Frozen):
+    """An instance has moved, and its former copy is kept aside until that is confirmed."""
+
+    operation: str
+    authoritative: str
+    leftover: str
+    shared: bool
+
+
 class Instance(Frozen):
     """An entry of the registry: what runs where."""
 
@@ -383,4 +401,6 @@ class Instance(Frozen):
     operation: str | None = None
     vcpus: int = 0
     memory_mib: int = 0
+    files: tuple[str, ...] = ()
+    move: Move | None = None
     updated_at: float = 0.0
