@@ -10,7 +10,8 @@ from tasks.steps.resize import finish_resize, plan_resize, redefine, resize_disk
 from worker.engine.canvas import Canvas
 from worker.engine.kinds import Operation
 from worker.engine.operation import operation
-from worker.engine.requests import ExistingInstance
+from worker.engine.registry import Registry
+from worker.engine.requests import ExistingInstance, Target, require_settled
 from worker.models import NewSizes
 
 
@@ -22,6 +23,11 @@ class ResizeRequest(ExistingInstance, NewSizes, Shutdown):
         if all(getattr(self, name) is None for name in NewSizes.model_fields):
             raise ValueError(f"allowed: at least one of {', '.join(NewSizes.model_fields)}")
         return self
+
+    def target(self, fleet: Registry, operation_id: str) -> Target:
+        """An instance in one place."""
+        require_settled(fleet.require(self.instance))
+        return super().target(fleet, operation_id)
 
     def sizes(self) -> NewSizes:
         """What is to change."""

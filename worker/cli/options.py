@@ -23,3 +23,7 @@ NewEphemeral = Annotated[
     list[int] | None,
     typer.Option("--ephemeral", metavar="GIB", help="An ephemeral disk in GiB, once for each: grown, or added."),
 ]
+
+WaitFor = Annotated[str, typer.Option(help="Ready when: running, agent or console.")]
+ConsoleLine = Annotated[str, typer.Option(help="With --wait-for console: the text to wait for.")]
+ReadyTimeout = Annotated[float, typer.Option(metavar="S", help="Seconds until it must be ready.")]

@@ -116,6 +116,11 @@ def _set_owner(domain: _Element, owner: Owner) -> None:
     metadata.append(_owner(_mark, owner))
 
 
+def serialized(element: _Element) -> str:
+    """A part of a definition as text."""
+    return etree.tostring(element, encoding="unicode")
+
+
 def accel_of(xml: str) -> str:
     """What a domain of this definition runs under: kvm or qemu."""
     return str(parse(xml).get("type"))

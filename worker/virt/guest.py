@@ -145,6 +145,15 @@ class Guest:
         """What it is defined to run under."""
         return "kvm" if accel_of(self.xml(inactive=True)) == "kvm" else "qemu"
 
+    def has_nvram(self) -> bool:
+        """Whether it has UEFI variables of its own, which lie outside its directory."""
+        return parse(self.xml(inactive=True)).find("os/nvram") is not None
+
+    def checkpoints(self) -> list[str]:
+        """Names of its checkpoints, from which incremental backups start."""
+        with self._trying_to("list the checkpoints of"):
+            return sorted(str(checkpoint.getName()) for checkpoint in self._domain.listAllCheckpoints())
+
     def disk_paths(self) -> dict[str, Path]:
         """Target (vda, ...) and file of each disk, as the guest uses them now."""
         disks = parse(self.xml()).iterfind("./devices/disk")
