@@ -40,11 +40,13 @@ class Ready(Frozen):
 class MigrateRequest(ExistingInstance, NewSizes, Shutdown, Ready):
     """Move an instance to host `to`, where it may get new sizes. It is shut down for that, as in `ShutdownRequest`.
 
-    Its former copy is kept aside until the move is confirmed: by hand, or by itself with `auto_confirm`.
+    Its former copy is kept aside until the move is confirmed: by hand, or by itself with `auto_confirm`. Each of its
+    disks is copied with at most `bandwidth_mib` MiB per second.
     """
 
     to: Name
     auto_confirm: bool = False
+    bandwidth_mib: Annotated[int, Field(ge=1)] | None = None
 
     def sizes(self) -> NewSizes:
         """What of it is to change."""

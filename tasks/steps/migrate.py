@@ -71,11 +71,14 @@ def set_aside(ctx: StepContext, request: MigrateRequest) -> Acknowledged:
 
 
 @step("copy_disk", queue="disk", retries=COPY_RETRIES)
-def copy_disk(ctx: StepContext, request: MigrateRequest) -> arrival.Copied | None:  # noqa: ARG001
+def copy_disk(ctx: StepContext, request: MigrateRequest) -> arrival.Copied | None:
     """Copy one file, continuing what has arrived, and read it back."""
     if ctx.result(preflight).shared:
         return None
-    return arrival.copy_file(local_instance(ctx), _part(ctx), ctx.registry.peer(ctx.record.host), ctx)
+    instance, name, peer = local_instance(ctx), _part(ctx), ctx.registry.peer(ctx.record.host)
+    how = arrival.copying(instance.local, request.bandwidth_mib)
+    size = ctx.result(describe_source).files[name]
+    return arrival.copy_file(instance, name, peer, ctx, size=size, how=how)
 
 
 @step("fingerprint", queue="disk")

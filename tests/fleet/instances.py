@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import libvirt
 
+from tests.fleet.parts import Scheduler
 from tests.lab import Fleet, LabHost, guest_image, wait_until
 
 MARK_AT = 64 * 1024**2
@@ -47,6 +49,28 @@ class Lab:
 
     fleet: Fleet
     image: Path
+    scheduler: Scheduler
+
+    def call(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        """Ask for an operation as a scheduler does; its final record."""
+        return self.scheduler.call(operation, **arguments)
+
+    def done(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        """The same for an operation that has to succeed."""
+        record = self.call(operation, **arguments)
+        assert record["state"] == "succeeded", json.dumps(record["error"], indent=1)
+        return record
+
+    def instances(self) -> dict[str, dict[str, Any]]:
+        """What the registry has, by name."""
+        with self.fleet.redis.client() as client:
+            found = cast("dict[str, str]", client.hgetall("virtfleet:instances"))
+        return {name: json.loads(entry) for name, entry in found.items()}
+
+    def field(self, operation: str, name: str) -> str:
+        """A field of an operation's record as Redis holds it; empty where there is none."""
+        with self.fleet.redis.client() as client:
+            return str(cast("str | None", client.hget(f"virtfleet:op:{operation}", name)) or "")
 
     def run(self, *arguments: str, timeout: float = 240) -> Ran:
         """Run `virtfleet ARGUMENTS --json`."""
@@ -94,7 +118,7 @@ def lab_of(folder: Path, *hosts: str, **options: Any) -> Iterator[Lab]:
     with Fleet(folder, hosts, **options) as fleet:
         for host in fleet.hosts.values():
             shutil.copy(image, host.images / image.name)
-        yield Lab(fleet, image)
+        yield Lab(fleet, image, Scheduler(fleet.redis.url))
 
 
 @contextmanager
@@ -114,3 +138,14 @@ def definition(host: LabHost, name: str) -> str:
     """What the domain will start with next."""
     with domain(host, name) as found:
         return str(found.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+
+
+def virtual_sizes(folder: Path) -> dict[str, int]:
+    names = [path for path in folder.iterdir() if path.suffix in (".qcow2", ".raw")]
+    return {path.name: virtual_size(path) for path in names}
+
+
+def virtual_size(path: Path) -> int:
+    command = ["qemu-img", "info", "-U", "--output=json", "-f", path.suffix.removeprefix("."), str(path)]
+    answer: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return int(answer["virtual-size"])

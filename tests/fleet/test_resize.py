@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.fleet.instances import Lab, definition, domain, domains, lab_of
+from tests.fleet.instances import Lab, definition, domain, domains, lab_of, virtual_sizes
 from tests.lab import lab_folder, wait_until
 
 GIB = 1024**3
+_names = (f"resized-{number}" for number in itertools.count(1))
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +22,17 @@ def lab() -> Iterator[Lab]:
         yield lab
 
 
+@pytest.fixture(autouse=True)
+def nothing_remains(lab: Lab) -> Iterator[None]:
+    """Each test's instances go with it."""
+    yield
+    for one in lab.run("instances").record["instances"]:
+        lab.succeed("destroy", one["name"])
+
+
 @pytest.fixture
-def name(lab: Lab, request: pytest.FixtureRequest) -> Iterator[str]:
-    name = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_"))[:40].strip("-")
-    yield name
-    lab.run("destroy", name)
-
-
-def virtual_sizes(folder: Path) -> dict[str, int]:
-    names = [path for path in folder.iterdir() if path.suffix in (".qcow2", ".raw")]
-    return {path.name: virtual_size(path) for path in names}
-
-
-def virtual_size(path: Path) -> int:
-    command = ["qemu-img", "info", "-U", "--output=json", "-f", path.suffix.removeprefix("."), str(path)]
-    answer: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    return int(answer["virtual-size"])
+def name() -> str:
+    return next(_names)
 
 
 def kept(xml: str) -> list[str]:
@@ -154,8 +148,11 @@ def test_a_killed_worker_or_a_cancel_in_any_step_leaves_one_of_the_two(
             worker.start()
     else:
         lab.run("cancel", operation)
-    ended = json.loads(lab.fleet.cli("watch", operation, "--json", timeout=120).stdout.strip().splitlines()[-1])
-    ended = lab.run("operation", operation).record
+    final = ("succeeded", "failed", "cancelled", "stuck")
+    ended = wait_until(
+        lambda: (found := lab.run("operation", operation).record)["state"] in final and found, 120, "it ends"
+    )
+    assert ended
     told = lab.wait_told("hosta", uuid, 2) if lab.boots("hosta", uuid) > 1 or step != "plan_resize" else ""
     size, memory = (2, 160) if ended["state"] == "succeeded" else (1, 128)
     assert ended["state"] in ("succeeded", "cancelled")

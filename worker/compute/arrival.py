@@ -28,7 +28,7 @@ from worker.images.files import (
     replace_json,
     size_of,
 )
-from worker.images.layout import DataDir
+from worker.images.layout import ASIDE, DataDir
 from worker.images.remote import Copying, Ssh
 from worker.images.swap import make_swap
 from worker.models import MIB, BaseImage, Frozen, Peer, PowerState
@@ -51,15 +51,16 @@ class Copied(Frozen):
     allocated: int
 
 
-def copying(local: LocalHost) -> Copying:
-    """How this host copies, by its settings."""
+def copying(local: LocalHost, bandwidth_mib: int | None = None) -> Copying:
+    """How this host copies, by its settings; `bandwidth_mib` MiB per second at the most, if that is less."""
     chosen = local.settings
+    limits = [limit for limit in (chosen.copy_bandwidth_mib, bandwidth_mib) if limit]
     return Copying(
         ssh=Ssh(chosen.ssh_user, chosen.ssh_port, chosen.ssh_key, chosen.ssh_known_hosts),
         slots=local.data.create().root,
         incoming=chosen.copies_in,
         stall=chosen.stall_timeout,
-        bandwidth=chosen.copy_bandwidth_mib * MIB if chosen.copy_bandwidth_mib else None,
+        bandwidth=min(limits) * MIB if limits else None,
     )
 
 
@@ -82,6 +83,11 @@ def preflight(instance: LocalInstance, departure: Departure, peer: Peer, ctx: Co
                 "new sizes cannot be given in a move on shared storage, which could not be taken back",
                 hint="Resize before or after the move: virtfleet resize",
                 field="to",
+            )
+        if peer.data_dir != local.data.root:
+            raise UnsupportedByHost(
+                f"host {local.name} has the storage of host {peer.name} at {local.data.root}, not at {peer.data_dir}",
+                hint="Disks name their base images by path: mount the storage at the same place on both hosts.",
             )
         return Place(shared=True, reserved=0)
     if instance.folder.files() or instance.aside.folder.path.exists():
@@ -177,14 +183,14 @@ def bring_base(local: LocalHost, name: str, peer: Peer, ctx: Context) -> BaseIma
     return found
 
 
-def copy_file(instance: LocalInstance, name: str, peer: Peer, ctx: Context) -> Copied:
+def copy_file(instance: LocalInstance, name: str, peer: Peer, ctx: Context, *, size: int, how: Copying) -> Copied:
     """Copy one file of the instance, which is set aside on the other host, and read back what has arrived."""
     folder = instance.folder
     done = next((path for path in (folder.path / name, folder.verified(name)) if path.exists()), None)
     if done is None:
         done = folder.partial(name)
-        source = peer.data_dir / "instances" / f"{instance.uuid}_resize" / name
-        remote.fetch(peer, source, done, copying(instance.local), ctx)
+        source = peer.data_dir / "instances" / f"{instance.uuid}{ASIDE}" / name
+        remote.fetch(peer, source, done, how, ctx, total=size)
     found = done.stat()
     return Copied(digest=content_digest(done, ctx), size=found.st_size, allocated=found.st_blocks * 512)
 
@@ -271,12 +277,11 @@ def take_over(instance: LocalInstance, handover: Handover, ctx: Context) -> Powe
 
 def prove_here(instance: LocalInstance, migration: str, ctx: Context) -> Handover:
     """Make sure that this host has the copy that counts: its domain, all its files, sound. Raises `InvalidState`."""
+    handover = handover_of(instance)
+    came_here = handover is not None and (handover.operation, handover.phase) == (migration, "moved")
+    if handover is None or not came_here or handover.authoritative != instance.local.name:
+        raise InvalidState(f"host {instance.local.name} does not hold {instance.name} from migration {migration}")
     with instance.owned(ctx) as folder, instance.local.libvirt() as host:
-        handover = handover_of(instance)
-        if handover is None or handover.operation != migration or handover.phase == "moving":
-            handover = None
-        if handover is None or handover.authoritative != instance.local.name:
-            raise InvalidState(f"host {instance.local.name} does not hold {instance.name} from migration {migration}")
         guest = host.guest(instance.uuid)
         missing = [path for path in guest.disk_paths().values() if not path.exists()]
         if missing or not set(handover.departure.files) <= set(folder.files()):

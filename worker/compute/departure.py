@@ -28,12 +28,15 @@ NOTHING_NEW = NewSizes()
 
 
 class Departure(Frozen):
-    """What leaves: the domain as it was defined, and what it did. `probe` is what its directory was marked with."""
+    """What leaves: the domain as it was defined, what it did, and its files with their lengths while it still ran.
+
+    `probe` is what its directory was marked with.
+    """
 
     power: PowerState
     autostart: bool
     xml: str
-    files: tuple[str, ...]
+    files: dict[str, int]
     allocated: int
     base: str | None
     sizes: Sizes
@@ -78,8 +81,8 @@ def describe(instance: LocalInstance, wanted: NewSizes, files: tuple[str, ...], 
         return Departure(
             power=power,
             autostart=guest.autostart(),
-            xml=guest.xml(inactive=True),
-            files=files,
+            xml=guest.pinned_xml(),
+            files={name: (folder.path / name).stat().st_size for name in files},
             allocated=sum((folder.path / name).stat().st_blocks * 512 for name in files),
             base=_base_of(folder),
             sizes=wanted.after(before),
@@ -262,6 +265,8 @@ def remove_aside(instance: LocalInstance, migration: str, ctx: Context) -> bool:
         raise InvalidState(f"{folder.path} is not from migration {migration}: it is left alone")
     remove_domain(instance.aside, ctx)
     with instance.aside.owned(ctx):
+        for path in set(folder.path.iterdir()) - {*folder.handovers(), folder.lock}:
+            remove_tree(path, folder.path)  # the note goes last: by it a second attempt knows what it may remove
         remove_tree(folder.path, instance.local.data.instances)
     log.info("removed the copy that was set aside", instance=instance.name, path=str(folder.path))
     return True

@@ -17,6 +17,8 @@ _TRAVERSABLE = 0o711
 _DOWNLOAD = "download"
 _UNFINISHED = ".unfinished"
 _RESERVED = "reserved"
+ASIDE = "_resize"
+"""How the name of a folder ends whose instance has moved to another host."""
 _KEPT = re.compile(r"^(root\.(qcow2|raw)|ephemeral\d+\.qcow2|seed\.iso)$")
 _KEEP_OWNERLESS = 86400.0  # seconds; a download may be continued by any operation until then
 
@@ -203,7 +205,7 @@ class DataDir:
 
     def aside(self, uuid: UUID | str) -> InstanceDir:
         """Where the folder of an instance is kept that has moved to another host."""
-        return InstanceDir(self.instances / f"{UUID(str(uuid))}_resize")
+        return InstanceDir(self.instances / f"{UUID(str(uuid))}{ASIDE}")
 
     def reservation(self, operation: str) -> Path:
         """A file whose length is the space that `operation` may still need."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +71,12 @@ def reach(peer: Peer, copying: Copying) -> None:
     _run(peer, Command(argv, "rsync"), Path("its data directory"), stall=copying.stall)
 
 
-def fetch(peer: Peer, source: Path, target: Path, copying: Copying, watch: Watcher) -> None:
+def fetch(
+    peer: Peer, source: Path, target: Path, copying: Copying, watch: Watcher, *, total: int | None = None
+) -> None:
     """Copy `source` of another host to `target`, continuing what is there; holes stay holes. Progress in bytes.
 
+    `total`: how many bytes that will be, if it is known.
     `target` is locked while anything still writes to it, also what a killed worker left running.
     Raises TransferInterrupted, ConnectionMisconfigured, NoSpace, Stalled, InstanceLocked, and what `watch` raises.
     """
@@ -86,7 +89,7 @@ def fetch(peer: Peer, source: Path, target: Path, copying: Copying, watch: Watch
             *("-e", copying.ssh.command(), f"--rsync-path={_sender(peer)}"),
             *(_at(peer, source), str(target)),
         ]
-        command = Command(argv, "rsync", parse=_progress, output=target)
+        command = Command(argv, "rsync", parse=_progress_of(total), output=target)
         held = (slot, descriptor)
         while not _copied(peer, command, source, stall=copying.stall, watch=watch, held=held):
             watch.progress(size_of(target), None, f"waiting for a slot for outgoing copies on {peer.name}")
@@ -159,9 +162,12 @@ def _free_slot(copying: Copying, stack: ExitStack) -> int | None:
     return None
 
 
-def _progress(line: str) -> Progress | None:
-    found = _PROGRESS.match(line)
-    return (int(found[1].replace(",", "")), None) if found else None
+def _progress_of(total: int | None) -> Callable[[str], Progress | None]:
+    def parse(line: str) -> Progress | None:
+        found = _PROGRESS.match(line)
+        return (int(found[1].replace(",", "")), total) if found else None
+
+    return parse
 
 
 def _at(peer: Peer, path: Path) -> str:

@@ -116,6 +116,14 @@ def _set_owner(domain: _Element, owner: Owner) -> None:
     metadata.append(_owner(_mark, owner))
 
 
+def with_cpu_of(xml: str, running: str) -> str:
+    """The definition `xml`, with the CPU of a `running` one instead of its own."""
+    domain, cpu = parse(xml), parse(running).find("cpu")
+    if cpu is not None:
+        domain.replace(_found(domain, "cpu"), cpu)
+    return etree.tostring(domain, encoding="unicode")
+
+
 def serialized(element: _Element) -> str:
     """A part of a definition as text."""
     return etree.tostring(element, encoding="unicode")
