@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,10 +112,13 @@ class Lab:
 
 
 @contextmanager
-def lab_of(folder: Path, *hosts: str, **options: Any) -> Iterator[Lab]:
-    """A fleet with the test's guest image on every host."""
-    image = guest_image()
-    with Fleet(folder, hosts, **options) as fleet:
+def lab_of(
+    folder: Path, *hosts: str, networked: bool = False, before: Callable[[Fleet], None] = lambda _: None
+) -> Iterator[Lab]:
+    """A fleet with the test's guest image on every host; `before` may change what is not up yet."""
+    image, fleet = guest_image(), Fleet(folder, hosts, networked=networked)
+    before(fleet)
+    with fleet:
         for host in fleet.hosts.values():
             shutil.copy(image, host.images / image.name)
         yield Lab(fleet, image, Scheduler(fleet.redis.url))

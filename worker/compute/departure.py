@@ -154,9 +154,8 @@ def put_back(instance: LocalInstance, ctx: Context, *, keep_note: bool = False) 
     if handover is None:
         return None
     with instance.owned(ctx), instance.local.libvirt() as host:
-        guest = host.find_uuid(instance.uuid)
-        if guest is None or not guest.is_active():
-            guest = host.restore(handover.departure.xml, instance.owner(ctx))
+        guest = host.find_uuid(instance.uuid) or host.restore(handover.departure.xml, instance.owner(ctx))
+        guest.claim(instance.owner(ctx))
         guest.set_autostart(enabled=handover.departure.autostart)
         if not keep_note:
             note(instance, handover.former)

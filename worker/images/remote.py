@@ -18,10 +18,13 @@ from worker.images.files import human_size, locked, size_of
 from worker.models import Peer
 
 _SLOT_POLL = 0.5  # seconds
+_SLOWEST_READ = 16 * 1024**2  # bytes per second, of a program that tells nothing while it reads a file
 _NO_SLOT = "virtfleet: all slots for outgoing copies are taken"
 # rsync(1), EXIT VALUES, for what a broken connection looks like; 255 is ssh's own.
 _BROKEN = {10, 12, 20, 30, 35, 255}
-_REFUSED = re.compile(r"Permission denied \(|Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED")
+_REFUSED = re.compile(
+    r"Permission denied \(|Host key verification failed|No \S+ host key is known|REMOTE HOST IDENTIFICATION HAS CHANGED"
+)
 _PROGRESS = re.compile(r"^\s*([\d,]+)\s+\d+%")
 
 
@@ -82,8 +85,9 @@ def fetch(
     """
     lock = target.with_name(f"{target.name}.lock")
     with _slot(copying, watch) as slot, locked(lock, wait=20.0, watch=watch) as descriptor:
+        continues = size_of(target) > 0
         argv = [
-            *("rsync", "--sparse", "--partial", "--append-verify", "--protect-args", "--no-compress"),
+            *("rsync", "--append-verify" if continues else "--sparse", "--inplace", "--protect-args"),
             *("--info=progress2", "--outbuf=L", f"--timeout={int(copying.stall)}"),
             *((f"--bwlimit={max(copying.bandwidth // 1024, 1)}",) if copying.bandwidth else ()),
             *("-e", copying.ssh.command(), f"--rsync-path={_sender(peer)}"),
@@ -94,6 +98,14 @@ def fetch(
         while not _copied(peer, command, source, stall=copying.stall, watch=watch, held=held):
             watch.progress(size_of(target), None, f"waiting for a slot for outgoing copies on {peer.name}")
             time.sleep(_SLOT_POLL)
+        if continues:
+            _dig_holes(target, copying, watch)
+
+
+def _dig_holes(target: Path, copying: Copying, watch: Watcher) -> None:
+    """Make zeros holes again: rsync cannot continue a file sparsely (3.5.0 ends with "write failed: Success")."""
+    argv = ["fallocate", "--dig-holes", str(target)]
+    run(Command(argv, "util-linux"), watch=watch, stall=max(copying.stall, size_of(target) / _SLOWEST_READ))
 
 
 def _copied(peer: Peer, command: Command, source: Path, **how: Any) -> bool:
