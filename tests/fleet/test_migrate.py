@@ -39,7 +39,7 @@ def nothing_remains(lab: Lab) -> Iterator[None]:
     for name, one in lab.instances().items():
         if one["move"]:
             lab.done("confirm", instance=name)
-        lab.done("destroy", instance=name)
+        lab.done("destroy", instance=name, wait_if_busy=True)
     assert {name: domains(host) for name, host in lab.fleet.hosts.items()} == {"hosta": {}, "hostb": {}}
     assert {name: leftovers(lab, name) for name in HOSTS} == {"hosta": [], "hostb": []}
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.fleet.instances import Lab, domains, lab_of
 from tests.fleet.parts import idle_image
-from tests.lab import Fleet, lab_folder
+from tests.lab import Fleet, lab_folder, wait_until
 
 FORCE = {"timeout": 0}
 
@@ -70,6 +70,8 @@ def test_a_revert_starts_it_where_it_was(lab: Lab) -> None:
     assert where(lab, "reverted") == {"hosta": True, "hostb": None}
     assert inodes(folder) == before
     assert lab.instances()["reverted"]["host"] == "hosta"
+    wait_until(lambda: lab.instances()["reverted"]["move"] is None, 60, "it is settled")
+    lab.done("power_off", instance="reverted", wait_if_busy=True, **FORCE)
 
 
 def test_a_move_that_fails_at_its_end_leaves_it_running_where_it_was(lab: Lab) -> None:
