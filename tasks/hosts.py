@@ -49,7 +49,7 @@ def join(host: str) -> None:
         name=host,
         libvirt_uri=settings.uri_of(host),
         data_dir=str(settings.data_dir),
-        address=settings.address,
+        address=settings.address or host,
         copies_out=settings.copies_out,
         seen_at=since,
     )

@@ -64,7 +64,9 @@ class Settings(BaseSettings):
     control_slots: int = Field(8, ge=1, description="Short calls at a time per host (threads).")
     disk_slots: int = Field(2, ge=1, description="Copies, converts and snapshots at a time per host (processes).")
 
-    address: str = Field("", description="Address at which other hosts reach this one for copies. Default: its name.")
+    address: str | None = Field(
+        None, description="Address at which other hosts reach this one for copies. Default: its name."
+    )
     copies_in: int = Field(2, ge=1, description="Copies from other hosts at a time.")
     copies_out: int = Field(2, ge=1, description="Copies to other hosts at a time.")
     copy_bandwidth_mib: int | None = Field(None, ge=1, description="Most that one copy may take, in MiB per second.")

@@ -205,7 +205,8 @@ def shut_down_destination(ctx: StepContext, request: RevertRequest) -> PowerChan
 def leave_destination(ctx: StepContext, request: RevertRequest) -> Acknowledged:  # noqa: ARG001
     """Keep the copy that still counts where nothing starts it."""
     instance = local_instance(ctx)
-    former = departure.handover_of(instance) or departure.handover_of(instance.aside)
+    noted = departure.handover_of(instance)
+    former = noted.former if noted and noted.operation == ctx.operation else noted
     departure.set_aside(instance, _way_back(ctx, "moving").model_copy(update={"former": former}), ctx)
     return Acknowledged(host=ctx.host, fence=ctx.fence, authoritative=ctx.host)
 

@@ -64,7 +64,6 @@ def describe(instance: LocalInstance, wanted: NewSizes, files: tuple[str, ...], 
 
     Raises `InvalidState`, `InvalidSpec` (a disk would shrink), `NotOurs`, `UnsupportedByHost`.
     """
-    ctx.undo("forget_probe", uuid=instance.uuid)
     with instance.owned(ctx) as folder, instance.local.libvirt() as host:
         guest = host.guest(instance.uuid)
         require_ours(guest)
@@ -76,6 +75,7 @@ def describe(instance: LocalInstance, wanted: NewSizes, files: tuple[str, ...], 
                 f"{instance.name} has the files {', '.join(folder.files())}, but the fleet knows of {', '.join(files)}",
                 hint=f"Have the host looked through: virtfleet hosts sync {instance.local.name}",
             )
+        ctx.undo("forget_probe", uuid=instance.uuid)
         probe = secrets.token_hex(16)
         write_text_durably(folder.probe(ctx.operation), probe)
         return Departure(
@@ -144,15 +144,18 @@ def set_aside(instance: LocalInstance, handover: Handover, ctx: Context) -> None
 
 
 def put_back(instance: LocalInstance, ctx: Context, *, keep_note: bool = False) -> Handover | None:
-    """Bring a copy that was set aside back to its place, its domain as it was; what was noted about it."""
+    """Bring a copy that was set aside back to its place, its domain as it was; what was noted about it.
+
+    `keep_note` is for the copy that an earlier operation set aside: it does not count before it has been started.
+    """
     aside = instance.aside
     if aside.folder.spec.exists():
         _clear_place(instance)
         with aside.owned(ctx):
             rename_folder(aside.folder.path, instance.folder.path)
     handover = handover_of(instance)
-    if handover is None:
-        return None
+    if handover is None or (handover.operation != ctx.operation and not keep_note):
+        return None  # this operation has not come to setting it aside
     with instance.owned(ctx), instance.local.libvirt() as host:
         guest = host.find_uuid(instance.uuid) or host.restore(handover.departure.xml, instance.owner(ctx))
         guest.claim(instance.owner(ctx))
