@@ -66,11 +66,11 @@ def resume(ctx: StepContext, request: PowerRequest) -> PowerChange:  # noqa: ARG
 def shut_down_for(ctx: StepContext, patience: Patience, before: PowerState) -> PowerChange:
     """Shut the guest down for an operation that, if it fails, brings its power back to what it was `before`."""
     instance = local_instance(ctx)
-    ctx.undo("restore_power", name=instance.name, uuid=instance.uuid, before=before.value)
+    ctx.undo("power_as_before", name=instance.name, uuid=instance.uuid, before=before.value)
     return _registered(ctx, power.power_off(instance, patience, ctx))
 
 
-@undoes("restore_power")
+@undoes("power_as_before")
 def undo_shut_down(ctx: StepContext, name: str, uuid: str, before: str) -> None:
     """Bring a guest's power back to what it was before the operation."""
     _registered(ctx, power.restore(LocalInstance(local_host(ctx), name, uuid), PowerState(before), ctx))

@@ -16,6 +16,9 @@ import pytest
 from tests.fleet.instances import Lab, definition, domain, domains, lab_of
 from tests.fleet.parts import idle_image
 from tests.lab import lab_folder, wait_until
+from worker.context import Alone
+from worker.images.files import available_space
+from worker.images.reserve import Ledger
 
 MIB = 1024**2
 DATA_MIB = 48
@@ -97,10 +100,10 @@ def ended(lab: Lab, operation: str, timeout: float = 240) -> dict[str, Any]:
     return lab.run("operation", operation).record
 
 
-def begin(lab: Lab, name: str) -> str:
+def begin(lab: Lab, name: str, **options: Any) -> str:
     """Have an instance moved to hostb; the operation's id."""
     operation = f"moving-{name}"
-    lab.scheduler.send("migrate", instance=name, to="hostb", operation_id=operation, **FORCE)
+    lab.scheduler.send("migrate", instance=name, to="hostb", operation_id=operation, **FORCE, **options)
     wait_until(lambda: lab.field(operation, "state"), 30, f"{operation} is admitted")
     return operation
 
@@ -201,12 +204,10 @@ def test_a_cut_cable_is_survived_without_sending_again_what_has_arrived(lab: Lab
     assert cable
     before, size = contents(lab.folder("hosta", uuid)), lab.folder("hosta", uuid).joinpath("root.qcow2").stat().st_size
     received = cable.received()
-    with cable.slowed(80):
-        operation = begin(lab, name)
-        part = lab.folder("hostb", uuid)
-        wait_until(lambda: arrived(part) > size // 2, 120, "half of it has arrived")
-        cable.cut()
-        time.sleep(3)
+    operation, part = begin(lab, name, bandwidth_mib=8), lab.folder("hostb", uuid)
+    wait_until(lambda: arrived(part) > size // 2, 120, "half of it has arrived")
+    cable.cut()
+    time.sleep(3)
     half = arrived(part)
     wait_until(lambda: arrived(part) >= half, 5, "what has arrived is kept")
     time.sleep(20)
@@ -226,13 +227,13 @@ def arrived(folder: Path) -> int:
 def test_a_full_destination_is_noticed_before_the_guest_is_stopped(lab: Lab, name: str) -> None:
     uuid = idle(lab, name)
     before = contents(lab.folder("hosta", uuid))
-    reserved = lab.fleet.hosts["hostb"].data / "tmp" / "other@reserved"
-    with reserved.open("wb") as file:
-        file.truncate(2**44 - 2**20)  # another move has been promised nearly all there is
+    data = lab.fleet.hosts["hostb"].data
+    ledger, free = Ledger(data), available_space(data)
+    ledger.reserve("other", free - 2**20, data / "elsewhere", 0, Alone())  # another operation was promised it
     try:
         record = lab.call("migrate", instance=name, to="hostb", **FORCE)
     finally:
-        reserved.unlink()
+        ledger.release("other")
     assert record["error"]["code"] == "no_space"
     assert step(record, "shut_down_source")["state"] == "pending"
     runs_at_home_as_before(lab, name, uuid, before)

@@ -66,7 +66,7 @@ def test_a_guest_that_ignores_the_button_is_asked_again_then_forced(
     ("verb", "force", "after"),
     [("power_off", {"timeout": 0}, "shut off"), ("reboot", {"hard": True}, "running")],
 )
-def test_force_does_not_ask_nor_wait(  # noqa: PLR0917 - what it is given and what it is tried with
+def test_force_does_not_ask_nor_wait(
     host: LabHost, scheduler: Scheduler, spawn: Spawn, verb: str, force: dict[str, Any], after: str
 ) -> None:
     name = spawn()["instance"]

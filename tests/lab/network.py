@@ -6,8 +6,6 @@ import json
 import random
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -41,19 +39,6 @@ class Cable:
     def plug(self) -> None:
         """Connections that waited go on."""
         run("ip", "link", "set", self.name, "up")
-
-    @contextmanager
-    def slowed(self, mbit: int) -> Iterator[None]:
-        """The host sends at most so many Mbit/s in the `with` block."""
-        run("tc", "qdisc", "add", "dev", self.name, "ingress")
-        police = ["police", "rate", f"{mbit}mbit", "burst", "256k", "drop", "flowid", ":1"]
-        try:
-            match = ["u32", "match", "u32", "0", "0"]
-            run("tc", "filter", "add", "dev", self.name, "parent", "ffff:", "protocol", "all", *match, *police)
-            yield
-        finally:
-            with suppress(subprocess.CalledProcessError):
-                run("tc", "qdisc", "del", "dev", self.name, "ingress")
 
     def received(self) -> int:
         """Bytes that have come from the host."""

@@ -17,12 +17,10 @@ from worker.compute.provision import (
 )
 from worker.compute.resize import require_spec
 from worker.context import Context
-from worker.errors import ChecksumMismatch, InstanceExists, InvalidSpec, InvalidState, NoSpace, UnsupportedByHost
+from worker.errors import ChecksumMismatch, InstanceExists, InvalidSpec, InvalidState, UnsupportedByHost
 from worker.images import qemu_img, remote
 from worker.images.digest import content_digest
 from worker.images.files import (
-    available_space,
-    human_size,
     locked,
     publish,
     replace_json,
@@ -30,6 +28,7 @@ from worker.images.files import (
 )
 from worker.images.layout import ASIDE, DataDir
 from worker.images.remote import Copying, Ssh
+from worker.images.reserve import Ledger
 from worker.images.swap import make_swap
 from worker.models import MIB, BaseImage, Frozen, Peer, PowerState
 
@@ -97,7 +96,7 @@ def preflight(instance: LocalInstance, departure: Departure, peer: Peer, ctx: Co
         )
     remote.reach(peer, copying(local))
     ctx.undo("release_reservation")
-    return Place(shared=False, reserved=_reserve(local, departure, ctx))
+    return Place(shared=False, reserved=_reserve(instance, departure, ctx))
 
 
 def _check_host(instance: LocalInstance, departure: Departure) -> None:
@@ -123,32 +122,18 @@ def sees_our_storage(instance: LocalInstance, departure: Departure, ctx: Context
         return False
 
 
-def _reserve(local: LocalHost, departure: Departure, ctx: Context) -> int:
-    """Reserve space, against the reservations of other moves too; what was reserved, in bytes."""
-    data = local.data
-    base = 0 if departure.base is None or (data.images / departure.base).exists() else departure.allocated
-    needed = departure.allocated + base + METADATA_BYTES
-    with locked(data.root / ".reservations.lock", wait=20.0, watch=ctx):
-        mine = data.reservation(ctx.operation)
-        mine.unlink(missing_ok=True)
-        promised = data.reserved() + local.settings.reserve_bytes
-        if (available := available_space(data.root)) < needed + promised:
-            raise NoSpace(
-                f"host {local.name} has {human_size(available)} available, {human_size(promised)} of it promised,"
-                f" but {human_size(needed)} are needed",
-                needed=needed,
-                available=available,
-                reserve=promised,
-                path=str(data.root),
-            )
-        with mine.open("wb") as file:
-            file.truncate(needed)
+def _reserve(instance: LocalInstance, departure: Departure, ctx: Context) -> int:
+    """Have the space promised that is needed, the base image's included if it is not here; bytes."""
+    data = instance.local.data
+    has_base = departure.base is None or (data.images / departure.base).exists()
+    needed = departure.allocated + (0 if has_base else departure.base_allocated) + METADATA_BYTES
+    Ledger(data.root).reserve(ctx.operation, needed, instance.folder.path, instance.local.settings.reserve_bytes, ctx)
     return needed
 
 
 def release(data: DataDir, operation: str) -> None:
-    """Give reserved space free."""
-    data.reservation(operation).unlink(missing_ok=True)
+    """Give back what was promised."""
+    Ledger(data.root).release(operation)
 
 
 # --- the copy ---------------------------------------------------------------------------------------------------------

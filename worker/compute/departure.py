@@ -18,7 +18,6 @@ from worker.context import Alone, Context
 from worker.errors import ChecksumMismatch, InternalError, InvalidState, UnsupportedByHost
 from worker.images.digest import content_digest
 from worker.images.files import remove_tree, rename_folder, write_text_durably
-from worker.images.layout import InstanceDir
 from worker.models import Frozen, Move, Network, NewSizes, PowerState, Sizes
 from worker.virt.guest import Guest
 
@@ -39,6 +38,7 @@ class Departure(Frozen):
     files: dict[str, int]
     allocated: int
     base: str | None
+    base_allocated: int
     sizes: Sizes
     resized: bool
     networks: tuple[Network, ...]
@@ -68,7 +68,7 @@ def describe(instance: LocalInstance, wanted: NewSizes, files: tuple[str, ...], 
         guest = host.guest(instance.uuid)
         require_ours(guest)
         power, spec = _require_movable(instance, guest), require_spec(instance)
-        before = Sizes.of(spec)
+        before, base = Sizes.of(spec), disks.root(folder).backing
         refuse_shrinking(folder, ResizePlan(before=before, after=wanted.after(before), power=power))
         if files != folder.files():
             raise InvalidState(
@@ -84,7 +84,8 @@ def describe(instance: LocalInstance, wanted: NewSizes, files: tuple[str, ...], 
             xml=guest.pinned_xml(),
             files={name: (folder.path / name).stat().st_size for name in files},
             allocated=sum((folder.path / name).stat().st_blocks * 512 for name in files),
-            base=_base_of(folder),
+            base=base.name if base else None,
+            base_allocated=base.stat().st_blocks * 512 if base else 0,
             sizes=wanted.after(before),
             resized=wanted.after(before) != before,
             networks=spec.networks,
@@ -103,11 +104,6 @@ def _require_movable(instance: LocalInstance, guest: Guest) -> PowerState:
     if guest.has_nvram():
         raise UnsupportedByHost(f"{instance.name} boots by UEFI: its NVRAM cannot be moved yet")
     return power
-
-
-def _base_of(folder: InstanceDir) -> str | None:
-    backing = disks.root(folder).backing
-    return backing.name if backing else None
 
 
 def forget_probe(instance: LocalInstance, operation: str) -> None:

@@ -16,7 +16,6 @@ from worker.models import DiskFormat
 _TRAVERSABLE = 0o711
 _DOWNLOAD = "download"
 _UNFINISHED = ".unfinished"
-_RESERVED = "reserved"
 ASIDE = "_resize"
 """How the name of a folder ends whose instance has moved to another host."""
 _KEPT = re.compile(r"^(root\.(qcow2|raw)|ephemeral\d+\.qcow2|seed\.iso)$")
@@ -206,14 +205,6 @@ class DataDir:
     def aside(self, uuid: UUID | str) -> InstanceDir:
         """Where the folder of an instance is kept that has moved to another host."""
         return InstanceDir(self.instances / f"{UUID(str(uuid))}{ASIDE}")
-
-    def reservation(self, operation: str) -> Path:
-        """A file whose length is the space that `operation` may still need."""
-        return self.temporary(operation, _RESERVED)
-
-    def reserved(self) -> int:
-        """Bytes that operations may still need."""
-        return sum(path.stat().st_size for path in self.tmp.glob(f"*@{_RESERVED}"))
 
     def temporary(self, operation: str, name: str) -> Path:
         """A temporary file that is swept once `operation` has ended."""
