@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import statistics
+from typing import Any
 
 from benchmarks.common import Result, milliseconds, report
 from tests.lab.process import lab_folder
@@ -44,7 +45,7 @@ def fill(redis: Redis) -> None:
         for number in range(start, start + 1000):
             name, unfinished = f"op-{number}", number < UNFINISHED
             head = {"schema": 1, "kind": "bench.chain", "request": {"steps": 1}, "instance": name, "uuid": ""}
-            fields = {
+            fields: dict[Any, Any] = {
                 "head": json.dumps({**head, "host": "bench"}),
                 "plan": json.dumps([[step]]),
                 "state": "running" if unfinished else "succeeded",

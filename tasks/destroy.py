@@ -7,7 +7,7 @@ from worker.engine.canvas import Canvas
 from worker.engine.kinds import Operation
 from worker.engine.operation import operation
 from worker.engine.registry import Registry
-from worker.engine.requests import ExistingInstance, Target
+from worker.engine.requests import ExistingInstance, Target, require_settled
 from worker.models import Name
 
 
@@ -24,6 +24,8 @@ class DestroyRequest(ExistingInstance):
     def target(self, fleet: Registry, operation_id: str) -> Target:
         """The instance where it is known to be, or to have been: destroying twice is no mistake."""
         known = fleet.find(self.instance)
+        if known is not None:
+            require_settled(known)
         if known is None and self.host:
             fleet.require_host(self.host)
             return Target(self.instance, "", self.host)

@@ -65,7 +65,14 @@ def join(host: str) -> None:
     A host that cannot be looked at is entered all the same, so that its operations are tried. Raises `HostUnreachable`.
     """
     settings, fleet, since = get_settings(), registry(), time.time()
-    record = HostRecord(name=host, libvirt_uri=settings.uri_of(host), data_dir=str(settings.data_dir), seen_at=since)
+    record = HostRecord(
+        name=host,
+        libvirt_uri=settings.uri_of(host),
+        data_dir=str(settings.data_dir),
+        address=settings.address or host,
+        copies_out=settings.copies_out,
+        seen_at=since,
+    )
     if not patiently(fleet.knows, host):
         patiently(fleet.put_host, record)  # the look may take a while (the first probe of KVM, a sick libvirtd)
     local = LocalHost(host, settings)

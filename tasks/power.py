@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
 from tasks.steps import power as steps
 from worker.compute.power import BY_FORCE, Patience
 from worker.engine.canvas import Canvas
 from worker.engine.kinds import Operation
 from worker.engine.operation import operation
 from worker.engine.requests import ExistingInstance
-
-Timeout = Annotated[float, Field(ge=0, le=86400)]
-Interval = Annotated[float, Field(gt=0, le=3600)]
 
 
 class PowerRequest(ExistingInstance):
@@ -33,15 +26,8 @@ class ResumeRequest(PowerRequest):
     """Let a paused instance run on."""
 
 
-class ShutdownRequest(PowerRequest):
+class ShutdownRequest(PowerRequest, steps.Shutdown):
     """Shut an instance down: ask every `retry_interval` seconds until `timeout`, then by force; 0 forces at once."""
-
-    timeout: Timeout = 60.0
-    retry_interval: Interval = 10.0
-
-    def patience(self) -> Patience:
-        """How to ask the guest."""
-        return Patience(timeout=self.timeout, retry_interval=self.retry_interval)
 
 
 class RebootRequest(ShutdownRequest):

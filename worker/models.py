@@ -153,6 +153,40 @@ class InstanceSpec(Frozen):
     ssh_keys: tuple[SshKey, ...] = Field((), max_length=64)
 
 
+class Sizes(Frozen):
+    """What of an instance a resize can change."""
+
+    vcpus: int
+    memory_mib: int
+    disk_gib: int | None
+    swap_mib: int
+    ephemeral_gib: tuple[int, ...]
+
+    @classmethod
+    def of(cls, spec: InstanceSpec) -> Sizes:
+        """The sizes in a spec."""
+        return cls.model_validate(spec.model_dump(include=set(cls.model_fields)))
+
+    def on(self, spec: InstanceSpec) -> InstanceSpec:
+        """A spec with these sizes."""
+        return InstanceSpec.model_validate({**spec.model_dump(), **self.model_dump()})
+
+
+class NewSizes(Frozen):
+    """What of an instance is to change; None stays. Disks only grow, and `ephemeral_gib` names all of them."""
+
+    vcpus: Annotated[int, Field(ge=1, le=1024)] | None = None
+    memory_mib: Annotated[int, Field(ge=16, le=64 * 1024 * 1024)] | None = None
+    disk_gib: Annotated[int, Field(ge=1, le=64 * 1024)] | None = None
+    swap_mib: Annotated[int, Field(ge=0, le=1024 * 1024)] | None = None
+    ephemeral_gib: tuple[Annotated[int, Field(ge=1, le=64 * 1024)], ...] | None = Field(None, max_length=16)
+
+    def after(self, sizes: Sizes) -> Sizes:
+        """The sizes as they are to be."""
+        given = {name: getattr(self, name) for name in Sizes.model_fields}
+        return sizes.model_copy(update={name: value for name, value in given.items() if value is not None})
+
+
 class Disk(Frozen):
     """One disk of an instance, as it lies in the instance's directory. Sizes in bytes."""
 
@@ -339,6 +373,24 @@ class DomainConfig(Frozen):
     disk_cache: Literal["none", "writeback"] = "none"
 
 
+class Peer(Frozen):
+    """Another host, as copies see it: its address, its data directory, and how many copies at a time it sends."""
+
+    name: str
+    address: str
+    data_dir: Path
+    copies_out: int
+
+
+class Move(Frozen):
+    """An instance has moved, and its former copy is kept aside until that is confirmed."""
+
+    operation: str
+    authoritative: str
+    leftover: str
+    shared: bool
+
+
 class Instance(Frozen):
     """An entry of the registry: what runs where."""
 
@@ -349,4 +401,6 @@ class Instance(Frozen):
     operation: str | None = None
     vcpus: int = 0
     memory_mib: int = 0
+    files: tuple[str, ...] = ()
+    move: Move | None = None
     updated_at: float = 0.0

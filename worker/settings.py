@@ -64,6 +64,20 @@ class Settings(BaseSettings):
     control_slots: int = Field(8, ge=1, description="Short calls at a time per host (threads).")
     disk_slots: int = Field(2, ge=1, description="Copies, converts and snapshots at a time per host (processes).")
 
+    address: str | None = Field(
+        None, description="Address at which other hosts reach this one for copies. Default: its name."
+    )
+    copies_in: int = Field(2, ge=1, description="Copies from other hosts at a time.")
+    copies_out: int = Field(2, ge=1, description="Copies to other hosts at a time.")
+    copy_bandwidth_mib: int | None = Field(None, ge=1, description="Most that one copy may take, in MiB per second.")
+    ssh_user: str = Field("root", description="User for copies from other hosts.")
+    ssh_port: int = Field(22, ge=1, le=65535, description="Port of ssh on other hosts.")
+    ssh_key: Path | None = Field(None, description="Private key for copies. Default: those of the worker's user.")
+    ssh_known_hosts: Path | None = Field(None, description="Keys of the other hosts. Default: ssh's own files.")
+    confirm_after: float = Field(
+        0.0, ge=0, description="A migration is confirmed by itself after so many seconds; 0: only when asked to."
+    )
+
     metrics_port: int | None = Field(None, ge=1, le=65535, description="Port of a control worker's Prometheus metrics.")
     metrics_address: str = Field("127.0.0.1", description="Address of a control worker's Prometheus metrics.")
 

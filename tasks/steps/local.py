@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from uuid import UUID
 
+from worker.compute.departure import move_of
 from worker.compute.local import LocalHost, LocalInstance
 from worker.engine.patience import patiently
 from worker.engine.step_context import StepContext
@@ -31,5 +32,7 @@ def register(ctx: StepContext, power: PowerState, spec: InstanceSpec | None = No
         operation=ctx.operation,
         vcpus=spec.vcpus if spec else (known.vcpus if known else 0),
         memory_mib=spec.memory_mib if spec else (known.memory_mib if known else 0),
+        files=local_host(ctx).data.instance(ctx.uuid).files(),
+        move=move_of(local_host(ctx), ctx.instance, ctx.uuid),
     )
     return patiently(ctx.registry.put, entry)

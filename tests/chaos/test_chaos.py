@@ -42,6 +42,10 @@ CHOSEN = [
     ("power_on", "SIGSTOP Redis", "power_on", 0.1),
     ("pause", "Redis away for long", "pause", 0.1),
     ("reboot", "SIGTERM control worker", "reboot", 0.3),
+    ("resize", "SIGKILL disk worker", "resize_disks", 0.5),
+    ("resize", "cancel", "redefine", 0.5),
+    ("resize", "SIGKILL control worker", "finish_resize", 0.5),
+    ("resize", "FLUSHALL", "shut_down", 0.5),
     ("destroy", "SIGKILL control worker", "destroy_instance", 0.5),
 ]
 

@@ -24,13 +24,14 @@ COMMAND = [sys.executable, "-m", "worker.cli"]
 class Fleet:
     """Redis, hosts and workers with their files in `folder`; a context manager that brings them up and down.
 
+    With `networked` each host is at the end of a cable that can be cut, and workers reach the other hosts by ssh.
     `with Fleet(folder, ["hosta", "hostb"]) as fleet:` returns when every worker serves its host.
     """
 
-    def __init__(self, folder: Path, hosts: Sequence[str] = ("hosta",)) -> None:
+    def __init__(self, folder: Path, hosts: Sequence[str] = ("hosta",), *, networked: bool = False) -> None:
         self.folder = folder
         self.redis = Redis(folder / "redis")
-        self.hosts = {name: LabHost(name, folder) for name in hosts}
+        self.hosts = {name: LabHost(name, folder, networked=networked) for name in hosts}
         self._workers: dict[tuple[str, WorkerKind], Process] = {}
         self._keeper: Keeper | None = None
         self._listing_log = folder / "hosts.log"

@@ -11,6 +11,7 @@ import os
 import pwd
 import shlex
 import shutil
+import socket
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+from tests.lab.network import Cable, Keys
 from tests.lab.process import Keeper, LabError, Process, kill9, tail, wait_until
 
 SOCKET_PATH_BYTES = 107  # sun_path holds 108, one of them NUL: unix(7)
@@ -38,10 +40,11 @@ PRIVATE_FOLDERS = {
 class LabHost:
     """A host with its files in `folder`/`name`; a context manager that brings it up and down.
 
-    `uri` is its libvirt from this process; `env` is what a fleet worker needs to serve it.
+    `uri` is its libvirt from this process; `env` is what a fleet worker needs to serve it. With `networked` (root
+    only) it is at the end of a `cable` of its own, where its sshd lets in the workers of the other hosts.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, *, networked: bool = False) -> None:
         self.name = name
         self.folder = folder / name
         self.data = self.folder / "data"
@@ -49,6 +52,8 @@ class LabHost:
         self._as_root = os.geteuid() == 0
         self._socket = self.folder / "run" / "libvirt" / "libvirt-sock"
         self._uuid = uuid.uuid4()
+        self.cable = Cable() if networked else None
+        self._keys = Keys(folder / "ssh")
         self._keeper: Keeper | None = None
         self._libvirtd: Process | None = None
         excess = len(str(self.folder / LONGEST_SOCKET)) - SOCKET_PATH_BYTES
@@ -68,6 +73,16 @@ class LabHost:
             "VIRTFLEET_IMAGE_ROOTS": json.dumps([str(self.images)]),
             # A nested KVM can be opened and still hang guests; TCG runs the same on every machine.
             "VIRTFLEET_ACCEL": "qemu",
+            **self._network_env(),
+        }
+
+    def _network_env(self) -> dict[str, str]:
+        if not self.cable:
+            return {}
+        return {
+            "VIRTFLEET_ADDRESS": self.cable.address,
+            "VIRTFLEET_SSH_KEY": str(self._keys.key),
+            "VIRTFLEET_SSH_KNOWN_HOSTS": str(self._keys.known_hosts),
         }
 
     def __enter__(self) -> Self:
@@ -156,7 +171,8 @@ class LabHost:
         prefix: list[str] = []
         if self._as_root:
             self._write_system_files()
-            prefix = [*NAMESPACES, "sh", "-euc", self._boot_script(), "sh"]
+            network = ["--net"] if self.cable else []
+            prefix = [NAMESPACES[0], *network, *NAMESPACES[1:], "sh", "-euc", self._boot_script(), "sh"]
         else:
             env = self._session_environment()
         self._keeper = Keeper(self.folder / "keeper.log", prefix)
@@ -168,8 +184,21 @@ class LabHost:
             raise LabError(f"host {self.name} does not boot: {error}\n{hint}") from None
         logd_socket = self._socket.with_name("virtlogd-sock")
         wait_until(logd_socket.exists, 30, f"virtlogd of {self.name} listens", logd.log)
+        if self.cable:
+            self._connect(self.cable, self._keeper, logd.pid)
         self._libvirtd = Process(self._keeper, ["libvirtd"], self.folder / "libvirtd.log", env)
         self.libvirtd_start()
+
+    def _connect(self, cable: Cable, keeper: Keeper, pid: int) -> None:
+        cable.connect(pid)
+        config = self.folder / "sshd_config"
+        self._keys.write_sshd_config(config, self.name, cable.address)
+        (self.folder / "run" / "sshd").mkdir()
+        sshd = Process(keeper, ["/usr/sbin/sshd", "-D", "-e", "-f", str(config)], self.folder / "sshd.log", {})
+        sshd.start()
+        probe = (cable.address, 22)
+        wait_until(lambda: _listens(*probe) or not sshd.alive, 15, f"sshd of {self.name} listens", sshd.log)
+        sshd.require_alive()
 
     def _make_folders(self) -> None:
         shutil.rmtree(self.folder / "run", ignore_errors=True)  # as at any boot
@@ -238,6 +267,14 @@ class LabHost:
             return subprocess.run(asking, check=False, capture_output=True, timeout=10).returncode == 0
         except subprocess.TimeoutExpired:
             return False
+
+
+def _listens(address: str, port: int) -> bool:
+    try:
+        with socket.create_connection((address, port), timeout=1):
+            return True
+    except OSError:
+        return False
 
 
 def _qemu_user() -> pwd.struct_passwd:

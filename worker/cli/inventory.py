@@ -9,6 +9,7 @@ import typer
 from worker.cli import output
 from worker.cli.options import AsJson
 from worker.client import Fleet
+from worker.models import Instance
 
 hosts_app = typer.Typer(invoke_without_command=True, help="List hosts, or rebuild what is known of them.")
 
@@ -23,10 +24,14 @@ def instances(
             output.print_json({"instances": [instance.model_dump(mode="json") for instance in found]})
             return
         rows = [
-            [one.name, str(one.uuid), one.host, one.power.value, str(one.vcpus), f"{one.memory_mib} MiB"]
+            [one.name, str(one.uuid), _where(one), one.power.value, str(one.vcpus), f"{one.memory_mib} MiB"]
             for one in found
         ]
         output.table("", ["name", "uuid", "host", "power", "vcpus", "memory"], rows, empty="No instances yet.")
+
+
+def _where(one: Instance) -> str:
+    return f"{one.host} (from {one.move.leftover}: confirm or revert)" if one.move else one.host
 
 
 @hosts_app.callback()

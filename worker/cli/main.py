@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from worker.cli import doctor, inventory, operations, power, services, snapshots, spawn
+from worker.cli import doctor, inventory, migrate, operations, power, resize, services, snapshots, spawn
 
 EPILOG = (
     "Exit codes: 0 succeeded, 1 the operation failed, 2 bad usage or input, 3 cancelled, 4 broker or host unreachable."
@@ -22,6 +22,9 @@ app.command()(spawn.destroy)
 app.add_typer(power.app, name="power")
 app.add_typer(snapshots.app, name="snapshot")
 app.command("snapshots")(snapshots.snapshots)
+app.command()(resize.resize)
+app.command()(migrate.migrate)
+app.add_typer(migrate.app, name="migration")
 app.command("operations")(operations.operations)
 app.command("operation")(operations.operation)
 app.command("watch")(operations.watch)

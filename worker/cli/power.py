@@ -7,13 +7,10 @@ from typing import Annotated
 import typer
 
 from tasks.power import PauseRequest, PowerOnRequest, RebootRequest, ResumeRequest, ShutdownRequest
-from worker.cli.options import AsJson, Id, Instance, NoWait, WaitIfBusy
+from worker.cli.options import AsJson, Id, Instance, NoWait, RetryInterval, Timeout, WaitIfBusy
 from worker.cli.submit import submit
 
 app = typer.Typer(no_args_is_help=True, help="Change an instance's power.")
-
-Timeout = Annotated[float, typer.Option(metavar="S", help="Seconds to shut down in, then by force; 0: at once.")]
-RetryInterval = Annotated[float, typer.Option(metavar="S", help="Ask the guest again every S seconds.")]
 
 
 @app.command()

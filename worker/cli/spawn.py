@@ -10,7 +10,7 @@ import typer
 from tasks.destroy import DestroyRequest
 from tasks.spawn import SpawnRequest
 from worker.cli import output
-from worker.cli.options import AsJson, Id, Instance, NoWait, WaitIfBusy
+from worker.cli.options import AsJson, ConsoleLine, Id, Instance, NoWait, ReadyTimeout, WaitFor, WaitIfBusy
 from worker.cli.submit import submit
 from worker.errors import InvalidSpec
 from worker.models import MAX_USER_DATA_BYTES
@@ -42,9 +42,9 @@ def spawn(
     user_data: Annotated[Path | None, typer.Option(help="File with cloud-init user-data.")] = None,
     network_config: Annotated[Path | None, typer.Option(help="File with cloud-init network config.")] = None,
     ssh_key: Annotated[list[Path] | None, typer.Option(help="File with a public key; may be repeated.")] = None,
-    wait_for: Annotated[str, typer.Option(help="Ready when: running, agent or console.")] = "running",
-    console_line: Annotated[str, typer.Option(help="With --wait-for console: the text to wait for.")] = "",
-    ready_timeout: Annotated[float, typer.Option(metavar="S", help="Seconds until it must be ready.")] = 300.0,
+    wait_for: WaitFor = "running",
+    console_line: ConsoleLine = "",
+    ready_timeout: ReadyTimeout = 300.0,
     operation_id: Id = None,
     no_wait: NoWait = False,
     wait_if_busy: WaitIfBusy = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 from worker.context import Context
@@ -44,11 +44,17 @@ class LocalInstance:
     local: LocalHost
     name: str
     uuid: str
+    is_aside: bool = False
 
     @property
     def folder(self) -> InstanceDir:
         """Where its files are."""
-        return self.local.data.instance(self.uuid)
+        return self.local.data.aside(self.uuid) if self.is_aside else self.local.data.instance(self.uuid)
+
+    @property
+    def aside(self) -> LocalInstance:
+        """The copy of it that is kept after it has moved away."""
+        return replace(self, is_aside=True)
 
     @contextmanager
     def owned(self, ctx: Context) -> Iterator[InstanceDir]:

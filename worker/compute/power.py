@@ -75,6 +75,17 @@ def power_off(instance: LocalInstance, patience: Patience, ctx: Context) -> Powe
         return PowerChange(before=before, after=guest.power(), note=note)
 
 
+def restore(instance: LocalInstance, before: PowerState, ctx: Context) -> PowerChange:
+    """Bring the guest from off to what it was doing before; one that was off stays off."""
+    with _guest(instance, ctx) as (guest, _):
+        now = guest.power()
+        if before in (PowerState.RUNNING, PowerState.PAUSED):
+            guest.start(paused=before is PowerState.PAUSED)
+            if before is PowerState.RUNNING:
+                guest.resume()
+        return PowerChange(before=now, after=guest.power(), note=f"it was {before} before the operation")
+
+
 def reboot(instance: LocalInstance, patience: Patience, ctx: Context) -> PowerChange:
     """Shut the guest down, by force when it does not react in time, and start it again.
 

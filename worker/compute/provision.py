@@ -107,10 +107,10 @@ def create_disks(instance: LocalInstance, spec: InstanceSpec, base: BaseImage, c
     with instance.owned(ctx) as folder:
         disks = [_root_disk(instance, base, size, kind, ctx)]
         for index, gib in enumerate(spec.ephemeral_gib):
-            disks.append(_ephemeral_disk(folder, index, gib * GIB, _target(len(disks))))
+            disks.append(ephemeral_disk(folder, index, gib * GIB, disk_target(len(disks))))
         if spec.swap_mib:
             make_swap(folder.swap, spec.swap_mib, ctx)
-            disks.append(_disk("swap", _target(len(disks)), folder.swap, "raw", spec.swap_mib * MIB))
+            disks.append(plain_disk("swap", disk_target(len(disks)), folder.swap, "raw", spec.swap_mib * MIB))
         replace_json(folder.spec, {"spec": spec.model_dump(mode="json"), "operation": ctx.operation})
         return DiskSet(disks=tuple(disks))
 
@@ -149,24 +149,27 @@ def _root_disk(instance: LocalInstance, base: BaseImage, size: int, kind: RootDi
             qemu_img.convert(base.path, base.format, unfinished, form, watch=ctx, stall=stall)
             qemu_img.resize(unfinished, form, size)
         publish(unfinished, path)
-    return Disk(role="root", target=_target(0), path=path, format=form, virtual_size=size, backing=backing)
+    return Disk(role="root", target=disk_target(0), path=path, format=form, virtual_size=size, backing=backing)
 
 
-def _ephemeral_disk(folder: InstanceDir, index: int, size: int, target: str) -> Disk:
+def ephemeral_disk(folder: InstanceDir, index: int, size: int, target: str) -> Disk:
+    """An empty disk of `size` bytes, made unless it is there."""
     path = folder.ephemeral(index)
     if not path.exists():
         unfinished = path.with_name(f".{path.name}.tmp")
         unfinished.unlink(missing_ok=True)
         qemu_img.create(unfinished, "qcow2", size)
         publish(unfinished, path)
-    return _disk("ephemeral", target, path, "qcow2", size)
+    return plain_disk("ephemeral", target, path, "qcow2", size)
 
 
-def _disk(role: str, target: str, path: Path, form: str, size: int) -> Disk:
+def plain_disk(role: str, target: str, path: Path, form: str, size: int) -> Disk:
+    """A disk without a base."""
     return Disk.model_validate({"role": role, "target": target, "path": path, "format": form, "virtual_size": size})
 
 
-def _target(index: int) -> str:
+def disk_target(index: int) -> str:
+    """The name the guest's disk of that number has, from 0."""
     return f"vd{chr(ord('a') + index)}"
 
 
@@ -181,7 +184,7 @@ def build_seed(instance: LocalInstance, spec: InstanceSpec, ctx: Context) -> Dis
             user_data=spec.user_data,
             network_config=spec.network_config,
         )
-        return _disk("seed", "vdz", folder.seed, "raw", folder.seed.stat().st_size)
+        return plain_disk("seed", "vdz", folder.seed, "raw", folder.seed.stat().st_size)
 
 
 # --- domain -----------------------------------------------------------------------------------------------------------
@@ -198,13 +201,16 @@ def spawn(instance: LocalInstance, spec: InstanceSpec, disks: DiskSet, ctx: Cont
         if guest is not None and guest.is_active():
             guest.claim(instance.owner(ctx))
             return guest.power()
-        guest = host.define(_config(instance, host, spec, disks, instance.owner(ctx)))
+        guest = host.define(domain_config(instance, host, spec, disks, instance.owner(ctx)))
         ctx.check()
         guest.start()
         return guest.power()
 
 
-def _config(instance: LocalInstance, host: Host, spec: InstanceSpec, disks: DiskSet, owner: Owner) -> DomainConfig:
+def domain_config(
+    instance: LocalInstance, host: Host, spec: InstanceSpec, disks: DiskSet, owner: Owner
+) -> DomainConfig:
+    """All that the definition of the instance on this host is made from."""
     chosen = accel.choose(instance.local, host, spec.accel)
     can = host.domain_capabilities(chosen)
     return DomainConfig(

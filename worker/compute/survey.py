@@ -7,6 +7,7 @@ from typing import Any
 import structlog
 
 from worker.compute import accel
+from worker.compute.departure import counts_here, move_of
 from worker.compute.local import LocalHost
 from worker.compute.provision import spec_of
 from worker.errors import InstanceNotFound
@@ -54,6 +55,8 @@ def _instance(local: LocalHost, guest: Guest) -> Instance | None:
         return None
     if owner is None or power is PowerState.MISSING:
         return None
+    if not counts_here(local, owner.name, str(owner.uuid)):
+        return None
     spec = spec_of(local, str(owner.uuid))
     return Instance(
         name=owner.name,
@@ -63,4 +66,6 @@ def _instance(local: LocalHost, guest: Guest) -> Instance | None:
         operation=owner.operation,
         vcpus=spec.vcpus if spec else 0,
         memory_mib=spec.memory_mib if spec else 0,
+        files=local.data.instance(owner.uuid).files(),
+        move=move_of(local, owner.name, str(owner.uuid)),
     )

@@ -24,6 +24,12 @@ COUNTERS = f"{PREFIX}:counters"
 """HASH, kept: `step:<name>:<outcome>` and `reaper:<deed>` → how often. Counted by steps and the reaper, read by the
 metrics."""
 
+DEFERRED = f"{PREFIX}:deferred"
+"""ZSET, kept: id of each operation that the fleet will ask for itself → when. Written by steps, read by the reaper."""
+
+DEFERRED_REQUESTS = f"{PREFIX}:deferred:requests"
+"""HASH, kept: operation id → JSON of the kind and the request. Written together with DEFERRED."""
+
 HOSTS = f"{PREFIX}:hosts"
 """HASH, kept: host → JSON `HostRecord`. Written by control workers as they start, read by admission and the CLI."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from worker.app import app
@@ -23,6 +23,7 @@ class Operation(Generic[Asked]):
     instance: str
     uuid: str
     host: str
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Kind(Generic[Asked]):
     def of(self, record: Record) -> Operation[Asked]:
         """The operation of a record, as it was when it was admitted."""
         request = self.request.model_validate(record.request)
-        return Operation(record.id, request, record.instance, record.uuid, record.host)
+        return Operation(record.id, request, record.instance, record.uuid, record.host, record.details)
 
 
 _kinds: dict[str, Kind[Any]] = {}

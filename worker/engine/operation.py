@@ -75,7 +75,9 @@ def _admit(kind: Kind[Any], request: Request, operation_id: str) -> Record:
         return _attach(known, kind, asked)
     try:
         target = request.target(registry(), operation_id)
-        stages = stages_of(kind.build(Operation(operation_id, request, target.instance, target.uuid, target.host)))
+        stages = stages_of(
+            kind.build(Operation(operation_id, request, target.instance, target.uuid, target.host, target.details))
+        )
         head = _head(kind, asked, target)
         admission = book.admit(operation_id, head, digest, stages, wait=request.wait_if_busy)
         if admission.outcome == "busy":
@@ -114,6 +116,7 @@ def _head(kind: Kind[Any], asked: dict[str, Any], target: Target) -> dict[str, A
         "instance": target.instance,
         "uuid": target.uuid,
         "host": target.host,
+        "details": target.details,
     }
 
 

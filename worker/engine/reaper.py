@@ -17,6 +17,7 @@ from worker.engine import keys
 from worker.engine.advance import advance
 from worker.engine.connection import Redis, shared, translated
 from worker.engine.decide import End, Publish, TurnBack, Undo
+from worker.engine.deferred import submit_due
 from worker.engine.journal import Journal
 from worker.errors import BrokerUnavailable
 from worker.settings import get_settings
@@ -77,6 +78,7 @@ class Reaper(threading.Thread):
         if not self._leads():
             return False
         self._trim()
+        submit_due(self._redis, BATCH)
         enough = time.monotonic() + BUDGET
         due = self._book.due(BATCH)
         for looked_at, operation_id in enumerate(due):

@@ -143,6 +143,7 @@ class Record:
     submitted_at: float = 0.0
     started_at: float | None = None
     ended_at: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def result(self) -> Any:
@@ -198,6 +199,7 @@ def parse(operation_id: str, fields: dict[str, str], undo: list[str]) -> Record:
         instance=head["instance"],
         uuid=head["uuid"],
         host=head["host"],
+        details=head.get("details", {}),
         state=State(fields["state"]),
         stages=stages,
         steps={plan.key: _step(plan, fields) for stage in stages for plan in stage},

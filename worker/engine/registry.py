@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any, Literal, cast
 from uuid import UUID
 
 from worker.engine import keys
 from worker.engine.connection import Redis, shared, translated
 from worker.errors import InstanceNotFound, SnapshotNotFound, UnknownHost
-from worker.models import Frozen, Instance, SnapshotEntry
+from worker.models import Frozen, Instance, Peer, SnapshotEntry
 from worker.settings import get_settings
 
 WorkerKind = Literal["control", "disk"]
@@ -22,6 +23,8 @@ class HostRecord(Frozen):
     name: str
     libvirt_uri: str
     data_dir: str
+    address: str = ""
+    copies_out: int = 2
     libvirt: str = ""
     qemu: str = ""
     accel: str = "unknown"
@@ -47,6 +50,12 @@ class Registry:
         with translated():
             found = cast("dict[str, str]", self.redis.hgetall(keys.HOSTS))
         return [HostRecord.model_validate_json(found[name]) for name in sorted(found)]
+
+    def peer(self, name: str) -> Peer:
+        """A host as copies see it. Raises `UnknownHost`."""
+        self.require_host(name)
+        host = next(host for host in self.hosts() if host.name == name)
+        return Peer(name=name, address=host.address or name, data_dir=Path(host.data_dir), copies_out=host.copies_out)
 
     def require_host(self, name: str) -> None:
         """Raise `UnknownHost` for a host that never joined."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 from uuid import UUID, uuid5
 
 from pydantic import AfterValidator
 
 from worker.engine.registry import Registry
-from worker.errors import InstanceExists
-from worker.models import Frozen, Name
+from worker.errors import InstanceExists, InvalidState
+from worker.models import Frozen, Instance, Name
 
 NAMESPACE = UUID("6f1d2a34-63c5-4d8e-9a0b-76697274666c")
 """A spawn's instance gets the uuid5 of its operation's id: the same operation makes the same instance, even if
@@ -29,11 +29,15 @@ OperationId = Annotated[str, AfterValidator(_checked_id)]
 
 @dataclass(frozen=True)
 class Target:
-    """The instance an operation owns while it runs, and the host it begins on."""
+    """The instance an operation owns while it runs, the host it begins on, and what else its canvas is made of.
+
+    `details` is JSON-able and kept as it was at admission, since the canvas is built again and again.
+    """
 
     instance: str
     uuid: str
     host: str
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 class Request(Frozen):
@@ -49,6 +53,16 @@ class Request(Frozen):
     def target(self, fleet: Registry, operation_id: str) -> Target:
         """What this request is about. Raises errors of the kind `BadInput`."""
         raise NotImplementedError
+
+
+def require_settled(found: Instance) -> Instance:
+    """An instance that is in one place. Raises `InvalidState` while its former copy waits for confirm or revert."""
+    if found.move:
+        raise InvalidState(
+            f"{found.name} has moved from host {found.move.leftover}, where its former copy is kept aside",
+            hint=f"Decide on that first: virtfleet migration confirm {found.name}, or: virtfleet migration revert",
+        )
+    return found
 
 
 class NewInstance(Request):

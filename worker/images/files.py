@@ -42,6 +42,14 @@ def publish_folder(unfinished: Path, final: Path) -> None:
         _sync(final.parent)
 
 
+def rename_folder(folder: Path, name: Path) -> None:
+    """Give a folder another name in the same place, durably; a name that is taken is an error."""
+    if name.exists():
+        raise InternalError(f"{folder} cannot become {name}, which is there already.", path=str(name))
+    folder.rename(name)
+    _sync(name.parent)
+
+
 def write_text_durably(path: Path, text: str, mode: int = 0o644) -> None:
     """Replace a small file as a whole. Raises NoSpace."""
     with out_of_space_is_an_error(path.parent), temporary_beside(path) as temporary:

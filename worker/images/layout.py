@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from worker.models import DiskFormat
 _TRAVERSABLE = 0o711
 _DOWNLOAD = "download"
 _UNFINISHED = ".unfinished"
+ASIDE = "_resize"
+"""How the name of a folder ends whose instance has moved to another host."""
+_KEPT = re.compile(r"^(root\.(qcow2|raw)|ephemeral\d+\.qcow2|seed\.iso)$")
 _KEEP_OWNERLESS = 86400.0  # seconds; a download may be continued by any operation until then
 
 
@@ -51,6 +55,39 @@ class InstanceDir:
     def spec(self) -> Path:
         """What the instance is made of."""
         return self.path / "instance.json"
+
+    def handover(self, host: str) -> Path:
+        """What `host` knows of the move that its copy of the instance came from, or was left behind by.
+
+        By host, because on shared storage both hosts have this folder.
+        """
+        return self.path / f".handover.{host}.json"
+
+    def handovers(self) -> list[Path]:
+        """What all hosts know of it."""
+        return [*self.path.glob(".handover.*.json")]
+
+    def probe(self, operation: str) -> Path:
+        """A mark by which another host's worker sees whether it has this folder too."""
+        return self.path / f".probe.{operation}"
+
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that cannot be made again: all disks but swap."""
+        return tuple(sorted(path.name for path in self.path.glob("*") if _KEPT.match(path.name)))
+
+    def partial(self, name: str) -> Path:
+        """A copy of `name` on its way. What an earlier boot left is not continued: it may not be on the disk."""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        return self.path / f".{name}.{boot}.part"
+
+    def verified(self, name: str) -> Path:
+        """A copy of `name` whose content is proven."""
+        return self.path / f".{name}.verified"
+
+    @property
+    def before_resize(self) -> Path:
+        """What the instance was before a resize that can still be taken back."""
+        return self.path / ".before-resize.json"
 
     @property
     def lock(self) -> Path:
@@ -164,6 +201,10 @@ class DataDir:
     def unfinished_snapshots(self) -> list[Path]:
         """The folders of all snapshots that are being taken, or were when somebody died."""
         return list(self.snapshots.glob(f".*{_UNFINISHED}"))
+
+    def aside(self, uuid: UUID | str) -> InstanceDir:
+        """Where the folder of an instance is kept that has moved to another host."""
+        return InstanceDir(self.instances / f"{UUID(str(uuid))}{ASIDE}")
 
     def temporary(self, operation: str, name: str) -> Path:
         """A temporary file that is swept once `operation` has ended."""

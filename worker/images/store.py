@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from worker.context import Watcher
-from worker.errors import ChecksumMismatch, FencedOff, FleetError, InstanceLocked, Stalled
+from worker.errors import ChecksumMismatch, FencedOff, FleetError, ImageNotFound, InstanceLocked, Stalled
 from worker.images import transfer
 from worker.images.files import locked, publish, size_of, write_text_durably
 from worker.images.inspect import inspect
 from worker.images.layout import DataDir
 from worker.images.reserve import Ledger
-from worker.images.sources import Limits, Source, SourceRecord, source_of
+from worker.images.sources import Limits, LocalFile, Source, SourceRecord, source_of
 from worker.models import BaseImage, DiskFormat, Frozen
 
 _WAIT_ROUND = 0.5  # seconds between two looks at somebody else's fetch
@@ -61,6 +62,30 @@ class ImageCache:
         self.data.create()
         with self._alone(source, operation, watch):
             return self._find(source, sha256) or self._bring(source, sha256, operation, watch)
+
+    def find(self, sha256: str) -> BaseImage | None:
+        """The image of that content, if it is in the cache."""
+        return self._cached(sha256)
+
+    def require(self, sha256: str) -> BaseImage:
+        """The image of that content. Raises ImageNotFound."""
+        found = self._cached(sha256)
+        if found is None:
+            raise ImageNotFound(f"The image {sha256} is not in the cache {self.data.images} (any more).", sha256=sha256)
+        return found
+
+    def adopt(self, temporary: Path, sha256: str, watch: Watcher) -> BaseImage:
+        """Take in a file that another host's cache had as `sha256`. Raises ChecksumMismatch, ImageRejected, NoSpace."""
+        source = LocalFile(str(temporary), [temporary.parent])
+        with temporary.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            temporary.unlink()
+        _require_digest(source, sha256, found)
+        with locked(self.data.sources / f"{sha256}.lock", wait=self.stall, watch=watch):
+            image = self._cached(sha256) or self._admit(temporary, source, sha256, watch)
+        temporary.unlink(missing_ok=True)
+        return image
 
     def _find(self, source: Source, sha256: str | None) -> BaseImage | None:
         if sha256 is None:

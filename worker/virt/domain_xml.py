@@ -49,6 +49,91 @@ def domain_xml(config: DomainConfig) -> str:
         raise InvalidSpec(f"domain {config.name!r} cannot be written as XML: {error}") from error
 
 
+def redefined(xml: str, config: DomainConfig) -> str:
+    """The definition `xml` with what `config` sizes and places anew.
+
+    All else stays as it was first defined: machine type, CPU, firmware with its NVRAM, MAC addresses, other software's
+    metadata, and the devices' PCI addresses, after which guests name their network interfaces.
+    """
+    old, new = parse(xml), _domain(config)
+    for path in ("name", "memory", "vcpu", "cpu/topology", "devices/emulator"):
+        _replace(old, new, path)
+    for outdated in old.findall("currentMemory"):
+        old.remove(outdated)
+    _set_owner(old, config.owner)
+    _replace_disks(_found(old, "devices"), new.findall("devices/disk"))
+    for log in old.iterfind("devices/*/log"):
+        log.set("file", str(config.console_log))
+    return etree.tostring(old, encoding="unicode")
+
+
+def _replace(old: _Element, new: _Element, path: str) -> None:
+    outdated = old.find(path)
+    if outdated is None:
+        _parent(old, path).append(_found(new, path))
+    else:
+        _parent(old, path).replace(outdated, _found(new, path))
+
+
+def _replace_disks(devices: _Element, disks: list[_Element]) -> None:
+    outdated = {str(_found(disk, "target").get("dev")): disk for disk in devices.findall("disk")}
+    for disk in disks:
+        known = outdated.get(str(_found(disk, "target").get("dev")))
+        address = None if known is None else known.find("address")
+        if address is not None:
+            disk.append(address)
+    for disk in outdated.values():
+        devices.remove(disk)
+    for place, disk in enumerate(disks, start=1):  # the emulator comes first
+        devices.insert(place, disk)
+
+
+def _parent(domain: _Element, path: str) -> _Element:
+    return _found(domain, path.rpartition("/")[0] or ".")
+
+
+def _found(element: _Element, path: str) -> _Element:
+    found = element.find(path)
+    if found is None:
+        raise InvalidSpec(f"the domain's definition has no {path}")
+    return found
+
+
+def marked(xml: str, owner: Owner) -> str:
+    """The definition `xml`, with `owner` as whose it is."""
+    domain = parse(xml)
+    _set_owner(domain, owner)
+    return etree.tostring(domain, encoding="unicode")
+
+
+def _set_owner(domain: _Element, owner: Owner) -> None:
+    metadata = domain.find("metadata")
+    if metadata is None:
+        metadata = E.metadata()
+        domain.append(metadata)
+    for mark in metadata.findall(f"{{{NAMESPACE}}}instance"):
+        metadata.remove(mark)
+    metadata.append(_owner(_mark, owner))
+
+
+def with_cpu_of(xml: str, running: str) -> str:
+    """The definition `xml`, with the CPU of a `running` one instead of its own."""
+    domain, cpu = parse(xml), parse(running).find("cpu")
+    if cpu is not None:
+        domain.replace(_found(domain, "cpu"), cpu)
+    return etree.tostring(domain, encoding="unicode")
+
+
+def serialized(element: _Element) -> str:
+    """A part of a definition as text."""
+    return etree.tostring(element, encoding="unicode")
+
+
+def accel_of(xml: str) -> str:
+    """What a domain of this definition runs under: kvm or qemu."""
+    return str(parse(xml).get("type"))
+
+
 def owner_xml(owner: Owner) -> str:
     """The mark as virDomainSetMetadata takes it: libvirt adds the namespace, and fails on one given."""
     return etree.tostring(_owner(E, owner), encoding="unicode")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import libvirt
@@ -25,7 +25,7 @@ from worker.errors import (
     UnsupportedByHost,
 )
 from worker.models import GuestDisk, Owner, PowerState
-from worker.virt.domain_xml import NAMESPACE, PREFIX, owner_xml, parse, parse_disks, parse_owner
+from worker.virt.domain_xml import NAMESPACE, PREFIX, accel_of, owner_xml, parse, parse_disks, parse_owner, with_cpu_of
 from worker.virt.faults import translated
 
 _GUEST_PING = '{"execute":"guest-ping"}'
@@ -140,6 +140,22 @@ class Guest:
         flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE if inactive else 0
         with self._trying_to("read the definition of"):
             return str(self._domain.XMLDesc(flags))
+
+    def accel(self) -> Literal["kvm", "qemu"]:
+        """What it is defined to run under."""
+        return "kvm" if accel_of(self.xml(inactive=True)) == "kvm" else "qemu"
+
+    def pinned_xml(self) -> str:
+        """As `xml(inactive=True)`, with the CPU that a guest under KVM was started with.
+
+        On another host the same host-model would be another CPU.
+        """
+        stored = self.xml(inactive=True)
+        return with_cpu_of(stored, self.xml()) if self.is_active() and self.accel() == "kvm" else stored
+
+    def has_nvram(self) -> bool:
+        """Whether it has UEFI variables of its own, which lie outside its directory."""
+        return parse(self.xml(inactive=True)).find("os/nvram") is not None
 
     def disk_paths(self) -> dict[str, Path]:
         """Target (vda, ...) and file of each disk, as the guest uses them now."""

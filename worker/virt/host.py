@@ -13,9 +13,9 @@ from uuid import UUID
 import libvirt
 
 from worker.errors import HypervisorError, InstanceNotFound, NetworkNotFound, UnsupportedByHost
-from worker.models import DomainConfig
+from worker.models import DomainConfig, Owner
 from worker.virt.connection import connected
-from worker.virt.domain_xml import domain_xml, parse
+from worker.virt.domain_xml import domain_xml, marked, parse, redefined, serialized
 from worker.virt.faults import translated
 from worker.virt.guest import Guest
 
@@ -30,6 +30,7 @@ class DomainCapabilities:
     emulator: Path
     machine: str
     efi: bool
+    accel: Literal["kvm", "qemu"]
     max_vcpus: int
 
 
@@ -84,12 +85,33 @@ class Host:
         with self._trying_to("reach libvirt"):
             self._connection.getLibVersion()
 
-    def domain_capabilities(self, accel: Literal["kvm", "qemu"]) -> DomainCapabilities:
+    def require_definable(self, xml: str) -> DomainCapabilities:
+        """What guests like the one defined by `xml` can have here, of its accelerator and machine type.
+
+        Raises UnsupportedByHost when there can be none, or when this host's CPU lacks what the guest's has.
+        """
+        domain = parse(xml)
+        accel: Literal["kvm", "qemu"] = "kvm" if domain.get("type") == "kvm" else "qemu"
+        machine = domain.find("os/type")
+        can = self.domain_capabilities(accel, MACHINE if machine is None else str(machine.get("machine")))
+        cpu = domain.find("cpu[@mode='custom']")
+        if cpu is not None and accel == "kvm":
+            self._compare_cpu(serialized(cpu), can)
+        return can
+
+    def _compare_cpu(self, cpu: str, can: DomainCapabilities) -> None:
+        with self._trying_to("compare CPUs"):
+            arch = str(self._connection.getInfo()[0])
+            answer = self._connection.compareHypervisorCPU(str(can.emulator), arch, can.machine, can.accel, cpu)
+        if answer == libvirt.VIR_CPU_COMPARE_INCOMPATIBLE:
+            raise UnsupportedByHost(f"the CPU of host {self.name} lacks features that the guest was started with")
+
+    def domain_capabilities(self, accel: Literal["kvm", "qemu"], machine: str = MACHINE) -> DomainCapabilities:
         """What a guest under `accel` can have here. Raises UnsupportedByHost when there can be none."""
         try:
             with self._trying_to(f"run guests under {accel}"):
                 arch = str(self._connection.getInfo()[0])
-                xml = self._connection.getDomainCapabilities(None, arch, MACHINE, accel)
+                xml = self._connection.getDomainCapabilities(None, arch, machine, accel)
         except HypervisorError as error:  # QEMU without that accelerator is VIR_ERR_INVALID_ARG
             raise UnsupportedByHost(error.message, **error.details) from error
         tree = parse(xml)
@@ -99,6 +121,7 @@ class Host:
             emulator=Path(tree.findtext("path", "")),
             machine=tree.findtext("machine", MACHINE),
             efi="efi" in firmware,
+            accel=accel,
             max_vcpus=int(vcpu.get("max", 1)) if vcpu is not None else 1,
         )
 
@@ -201,10 +224,26 @@ class Host:
 
         Raises FencedOff when a newer execution owns the domain, InstanceExists when another has the name.
         """
-        existing = self.find_uuid(config.uuid)
-        if existing is not None:
-            existing.check_fence(config.owner)
+        self._require_turn(config.owner)
         return self.define_xml(domain_xml(config), name=config.name)
+
+    def redefine(self, xml: str, config: DomainConfig) -> Guest:
+        """Define `xml`, a definition as `Guest.xml(inactive=True)` gave it, with the sizes and places of `config`.
+
+        Raises FencedOff, InstanceExists, DomainRejected.
+        """
+        self._require_turn(config.owner)
+        return self.define_xml(redefined(xml, config), name=config.name)
+
+    def restore(self, xml: str, owner: Owner) -> Guest:
+        """Define `xml` as it was, for `owner`. Raises FencedOff, InstanceExists, DomainRejected."""
+        self._require_turn(owner)
+        return self.define_xml(marked(xml, owner), name=owner.name)
+
+    def _require_turn(self, owner: Owner) -> None:
+        existing = self.find_uuid(owner.uuid)
+        if existing is not None:
+            existing.check_fence(owner)
 
     def define_xml(self, xml: str, *, name: str = "a domain") -> Guest:
         """Define from XML as `Guest.xml(inactive=True)` gave it. Raises DomainRejected."""

@@ -40,7 +40,7 @@ def _examine(local: LocalHost, guest: Guest, owner: Owner, *, has_files: bool) -
     yield from _transient(local, guest, owners)
     yield from _jobs(local, guest, owners)
     yield from _checkpoints(local, guest, owners)
-    if has_files:
+    if has_files and not local.data.aside(guest.uuid).path.exists():
         yield from _missing(guest, owners)
         yield from leftovers.unknown_in(local.data.instance(guest.uuid), guest.files(), owners)
 

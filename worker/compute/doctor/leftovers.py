@@ -10,7 +10,7 @@ from uuid import UUID
 
 from worker.findings import Severity, Suspect, suspect
 from worker.images.files import human_size, locked, remove_tree
-from worker.images.layout import DataDir, InstanceDir
+from worker.images.layout import ASIDE, DataDir, InstanceDir
 from worker.virt.kvm_probe import PREFIX as PROBE
 
 PROBE_SECONDS = 60.0
@@ -51,6 +51,9 @@ def without_domain(there: Iterable[Path], uuids: set[str]) -> Iterator[Suspect]:
 
 
 def _without_domain(path: Path) -> Suspect:
+    uuid = path.name.removesuffix(ASIDE)
+    if path.is_dir() and path.name.endswith(ASIDE) and _is_uuid(uuid):
+        return _former_copy(path, uuid)
     if not (path.is_dir() and _is_uuid(path.name)):
         what = "no folder of an instance: nothing of the fleet made or uses it"
         remedy = "Move it out of here, or remove it by hand."
@@ -74,6 +77,18 @@ def _without_domain(path: Path) -> Suspect:
         where=path,
         remedy=_rescue(path, held),
         owners=[path.name],
+    )
+
+
+def _former_copy(path: Path, uuid: str) -> Suspect:
+    """A copy that a migration set aside: while that goes on it is the one that counts."""
+    return suspect(
+        Severity.INFO,
+        "former_copy",
+        f"the former copy of an instance that has moved, kept until the move is confirmed ({human_size(_size(path))})",
+        where=path,
+        remedy=f"virtfleet migration confirm {uuid} removes it, virtfleet migration revert {uuid} goes back to it.",
+        owners=[uuid],
     )
 
 
@@ -127,7 +142,7 @@ def unknown_in(folder: InstanceDir, used: set[Path], owners: list[object]) -> It
 def _is_known(folder: InstanceDir, path: Path) -> bool:
     # virtlogd keeps full logs as console.log.0, .1, ...
     log = path.name.startswith(f"{folder.console_log.name}.") or path == folder.console_log
-    return log or path in {folder.lock, folder.spec, folder.seed}
+    return log or path in {folder.lock, folder.spec, folder.seed, *folder.handovers()}
 
 
 def _remove_locked(folder: InstanceDir, path: Path) -> None:

@@ -1,0 +1,299 @@
+"""Steps of a move to another host and back, and what undoes them. Each stands on one of the two hosts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from tasks.steps.local import local_host, local_instance, register
+from tasks.steps.power import shut_down_for
+from worker.compute import arrival, departure, provision
+from worker.compute.departure import Departure, Handover
+from worker.compute.local import LocalInstance
+from worker.compute.power import PowerChange
+from worker.compute.resize import RUNS
+from worker.engine.step import Retries, step
+from worker.engine.step_context import StepContext
+from worker.engine.undo import undoes
+from worker.models import Frozen, Instance
+
+if TYPE_CHECKING:
+    from tasks.migrate import ConfirmRequest, MigrateRequest, RevertRequest
+
+COPY_RETRIES = Retries(attempts=30, first_pause=2.0, longest_pause=30.0)
+"""A cut cable is waited for about a quarter of an hour; what has arrived is kept meanwhile."""
+
+FINISH_RETRIES = Retries(attempts=100, first_pause=2.0, longest_pause=60.0)
+"""What is not undone any more is tried for an hour and a half."""
+
+
+class Acknowledged(Frozen):
+    """A host agrees, by this execution's fence, which host's copy counts from now on."""
+
+    host: str
+    fence: int
+    authoritative: str
+
+
+# --- to another host --------------------------------------------------------------------------------------------------
+
+
+@step("describe_source", queue="disk")
+def describe_source(ctx: StepContext, request: MigrateRequest) -> Departure:
+    """Find out what there is to move, and mark its directory."""
+    return departure.describe(local_instance(ctx), request.sizes(), tuple(ctx.record.details["files"]), ctx)
+
+
+@step("preflight", queue="disk")
+def preflight(ctx: StepContext, request: MigrateRequest) -> arrival.Place:  # noqa: ARG001
+    """Refuse what the destination cannot do; see whether it shares the source's storage; reserve space."""
+    return arrival.preflight(local_instance(ctx), ctx.result(describe_source), ctx.registry.peer(ctx.record.host), ctx)
+
+
+@step("prepare_destination", queue="disk", retries=COPY_RETRIES)
+def prepare_destination(ctx: StepContext, request: MigrateRequest) -> None:  # noqa: ARG001
+    """Make the directory, and bring the base image, while the guest still runs."""
+    if not ctx.result(preflight).shared:
+        peer = ctx.registry.peer(ctx.record.host)
+        arrival.prepare(local_instance(ctx), ctx.result(describe_source), peer, ctx)
+
+
+@step("shut_down_source", queue="control")
+def shut_down_source(ctx: StepContext, request: MigrateRequest) -> PowerChange:
+    """Shut the guest down."""
+    return shut_down_for(ctx, request.patience(), ctx.result(describe_source).power)
+
+
+@step("set_aside", queue="control")
+def set_aside(ctx: StepContext, request: MigrateRequest) -> Acknowledged:
+    """Keep the source's copy, which still counts, where nothing starts it."""
+    departure.set_aside(local_instance(ctx), _handover(ctx, request, "moving"), ctx)
+    return Acknowledged(host=ctx.host, fence=ctx.fence, authoritative=ctx.host)
+
+
+@step("copy_disk", queue="disk", retries=COPY_RETRIES)
+def copy_disk(ctx: StepContext, request: MigrateRequest) -> arrival.Copied | None:
+    """Copy one file, continuing what has arrived, and read it back."""
+    if ctx.result(preflight).shared:
+        return None
+    instance, name, peer = local_instance(ctx), _part(ctx), ctx.registry.peer(ctx.record.host)
+    how = arrival.copying(instance.local, request.bandwidth_mib)
+    size = ctx.result(describe_source).files[name]
+    return arrival.copy_file(instance, name, peer, ctx, size=size, how=how)
+
+
+@step("fingerprint", queue="disk")
+def fingerprint(ctx: StepContext, request: MigrateRequest) -> str:  # noqa: ARG001
+    """Read one file at its source, while it is copied."""
+    return "" if ctx.result(preflight).shared else departure.fingerprint(local_instance(ctx), _part(ctx), ctx)
+
+
+@step("verify_disks", queue="disk")
+def verify_disks(ctx: StepContext, request: MigrateRequest) -> None:  # noqa: ARG001
+    """Compare what arrived with what was sent, then put it in place."""
+    leaving = ctx.result(describe_source)
+    if ctx.result(preflight).shared:
+        return
+    arrived = {name: ctx.result(copy_disk, f"copy_disk:{name}") for name in leaving.files}
+    sent = {name: ctx.result(fingerprint, f"fingerprint:{name}") for name in leaving.files}
+    pairs = {name: (sent[name], copied.digest if copied else "") for name, copied in arrived.items()}
+    arrival.verify(local_instance(ctx), leaving, pairs, ctx)
+
+
+@step("define_destination", queue="control")
+def define_destination(ctx: StepContext, request: MigrateRequest) -> None:
+    """Define the domain on its new host."""
+    arrival.define(local_instance(ctx), _handover(ctx, request, "moving"), ctx)
+
+
+@step("start_destination", queue="control")
+def start_destination(ctx: StepContext, request: MigrateRequest) -> None:
+    """Start the guest, if it ran before, and wait until it is as far as the request wants it."""
+    instance = local_instance(ctx)
+    if arrival.start(instance, ctx.result(describe_source), ctx) in RUNS:
+        provision.wait_ready(instance, request.readiness(), ctx)
+
+
+@step("release", queue="control")
+def release(ctx: StepContext, request: MigrateRequest) -> Acknowledged:
+    """The source agrees that its copy does not count any more."""
+    departure.release(local_instance(ctx), _handover(ctx, request, "moved"), ctx)
+    return Acknowledged(host=ctx.host, fence=ctx.fence, authoritative=request.to)
+
+
+@step("take_over", queue="control")
+def take_over(ctx: StepContext, request: MigrateRequest) -> Instance:
+    """The destination's copy counts from here on; the source's is kept until that is confirmed."""
+    instance = local_instance(ctx)
+    power = arrival.take_over(instance, _handover(ctx, request, "moved"), ctx)
+    entry = register(ctx, power, provision.spec_of(instance.local, instance.uuid))
+    wait = 0.0 if request.auto_confirm else ctx.settings.confirm_after or None
+    if wait is not None:
+        _confirm_later(ctx, wait)
+    return entry
+
+
+def _handover(ctx: StepContext, request: MigrateRequest, phase: Literal["moving", "moved"]) -> Handover:
+    source, destination = ctx.record.host, request.to
+    leaving = ctx.result(describe_source)
+    sent = {name: ctx.record.steps[f"fingerprint:{name}"].result for name in leaving.files}
+    return Handover(
+        operation=ctx.operation,
+        phase=phase,
+        authoritative=source if phase == "moving" else destination,
+        leftover=destination if phase == "moving" else source,
+        shared=ctx.result(preflight).shared,
+        departure=leaving,
+        digests={name: digest for name, digest in sent.items() if digest},
+    )
+
+
+def _part(ctx: StepContext) -> str:
+    return ctx.plan.key.partition(":")[2]
+
+
+def _confirm_later(ctx: StepContext, seconds: float) -> None:
+    request = {"instance": ctx.instance, "migration": ctx.operation, "wait_if_busy": True}
+    ctx.defer(f"confirm-{ctx.operation}", "virtfleet.confirm", request, seconds)
+
+
+# --- confirmed --------------------------------------------------------------------------------------------------------
+
+
+@step("prove_here", queue="disk")
+def prove_here(ctx: StepContext, request: ConfirmRequest) -> None:  # noqa: ARG001
+    """Make sure that the copy that counts is whole, before the other one goes."""
+    arrival.prove_here(local_instance(ctx), ctx.record.details["migration"], ctx)
+
+
+@step("remove_leftover", queue="disk", retries=FINISH_RETRIES)
+def remove_leftover(ctx: StepContext, request: ConfirmRequest) -> bool:  # noqa: ARG001
+    """Remove the copy that was set aside."""
+    return departure.remove_aside(local_instance(ctx), ctx.record.details["migration"], ctx)
+
+
+@step("settle", queue="control", retries=FINISH_RETRIES)
+def settle(ctx: StepContext, request: ConfirmRequest) -> Instance:  # noqa: ARG001
+    """The move is over."""
+    instance = local_instance(ctx)
+    power = arrival.settle(instance, ctx)
+    return register(ctx, power, provision.spec_of(instance.local, instance.uuid))
+
+
+# --- reverted ---------------------------------------------------------------------------------------------------------
+
+
+@step("prove_source", queue="disk")
+def prove_source(ctx: StepContext, request: RevertRequest) -> Handover:  # noqa: ARG001
+    """Make sure that the copy that was set aside is what it was when the instance left."""
+    return departure.prove_aside(local_instance(ctx), ctx.record.details["migration"], ctx)
+
+
+@step("describe_destination", queue="disk")
+def describe_destination(ctx: StepContext, request: RevertRequest) -> Departure:  # noqa: ARG001
+    """Put down what the guest is where it is now."""
+    instance = local_instance(ctx)
+    return departure.describe(instance, departure.NOTHING_NEW, instance.folder.files(), ctx)
+
+
+@step("shut_down_destination", queue="control")
+def shut_down_destination(ctx: StepContext, request: RevertRequest) -> PowerChange:
+    """Shut the guest down where it is now."""
+    return shut_down_for(ctx, request.patience(), ctx.result(describe_destination).power)
+
+
+@step("leave_destination", queue="control")
+def leave_destination(ctx: StepContext, request: RevertRequest) -> Acknowledged:  # noqa: ARG001
+    """Keep the copy that still counts where nothing starts it."""
+    instance = local_instance(ctx)
+    noted = departure.handover_of(instance)
+    former = noted.former if noted and noted.operation == ctx.operation else noted
+    departure.set_aside(instance, _way_back(ctx, "moving").model_copy(update={"former": former}), ctx)
+    return Acknowledged(host=ctx.host, fence=ctx.fence, authoritative=ctx.host)
+
+
+@step("return_source", queue="control")
+def return_source(ctx: StepContext, request: RevertRequest) -> None:  # noqa: ARG001
+    """Bring the copy that was set aside back to its place, its domain as it was."""
+    instance, migration = local_instance(ctx), ctx.record.details["migration"]
+    ctx.undo("set_aside_again", name=instance.name, uuid=instance.uuid, migration=migration, counts=ctx.record.host)
+    departure.put_back(instance, ctx, keep_note=True)
+
+
+@step("start_source", queue="control")
+def start_source(ctx: StepContext, request: RevertRequest) -> None:
+    """Start the guest, if it ran before it left, and wait until it is as far as the request wants it."""
+    instance = local_instance(ctx)
+    if arrival.start(instance, ctx.result(prove_source).departure, ctx) in RUNS:
+        provision.wait_ready(instance, request.readiness(), ctx)
+
+
+@step("release_destination", queue="control")
+def release_destination(ctx: StepContext, request: RevertRequest) -> Acknowledged:  # noqa: ARG001
+    """The host that the guest had moved to agrees that its copy does not count any more."""
+    way_back = _way_back(ctx, "moved")
+    departure.release(local_instance(ctx), way_back, ctx)
+    return Acknowledged(host=ctx.host, fence=ctx.fence, authoritative=way_back.authoritative)
+
+
+@step("take_back", queue="control")
+def take_back(ctx: StepContext, request: RevertRequest) -> Instance:  # noqa: ARG001
+    """The source's copy counts again; the other one goes as soon as this operation has ended."""
+    instance = local_instance(ctx)
+    counts = _way_back(ctx, "moved").model_copy(update={"departure": ctx.result(prove_source).departure})
+    power = arrival.take_over(instance, counts, ctx)
+    entry = register(ctx, power, provision.spec_of(instance.local, instance.uuid))
+    _confirm_later(ctx, 0.0)
+    return entry
+
+
+def _way_back(ctx: StepContext, phase: Literal["moving", "moved"]) -> Handover:
+    here, home = ctx.record.host, str(ctx.record.details["leftover"])
+    return Handover(
+        operation=ctx.operation,
+        phase=phase,
+        authoritative=here if phase == "moving" else home,
+        leftover=home if phase == "moving" else here,
+        shared=ctx.result(prove_source).shared,
+        departure=ctx.result(describe_destination),
+    )
+
+
+# --- undone -----------------------------------------------------------------------------------------------------------
+
+
+@undoes("forget_probe")
+def undo_probe(ctx: StepContext, uuid: str) -> None:
+    """Take the mark from the instance's directory."""
+    departure.forget_probe(LocalInstance(local_host(ctx), ctx.instance, uuid), ctx.operation)
+
+
+@undoes("release_reservation")
+def undo_reservation(ctx: StepContext) -> None:
+    """Give the reserved space free."""
+    arrival.release(local_host(ctx).data, ctx.operation)
+
+
+@undoes("remove_arrival")
+def undo_arrival(ctx: StepContext, name: str, uuid: str) -> None:
+    """Remove what has arrived. The source's copy is back in its place: that was undone before."""
+    arrival.remove_arrival(LocalInstance(local_host(ctx), name, uuid), ctx)
+
+
+@undoes("remove_arrived_domain")
+def undo_definition(ctx: StepContext, name: str, uuid: str) -> None:
+    """Take the domain from its new host."""
+    arrival.remove_arrived_domain(LocalInstance(local_host(ctx), name, uuid), ctx)
+
+
+@undoes("put_back")
+def undo_set_aside(ctx: StepContext, name: str, uuid: str) -> None:
+    """Bring the copy that was set aside back to its place."""
+    instance = LocalInstance(local_host(ctx), name, uuid)
+    power = departure.back_home(instance, ctx)
+    register(ctx, power, provision.spec_of(instance.local, uuid))
+
+
+@undoes("set_aside_again")
+def undo_return(ctx: StepContext, name: str, uuid: str, migration: str, counts: str) -> None:
+    """Set the copy aside again that a revert had brought back."""
+    departure.set_aside_again(LocalInstance(local_host(ctx), name, uuid), migration, counts, ctx)

@@ -1,0 +1,292 @@
+"""Cold migration between two real hosts: what arrives, what is kept, and that anything before leaves all as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fleet.instances import Lab, definition, domain, domains, lab_of
+from tests.fleet.parts import idle_image
+from tests.lab import lab_folder, wait_until
+from worker.context import Alone
+from worker.images.files import available_space
+from worker.images.reserve import Ledger
+
+MIB = 1024**2
+DATA_MIB = 48
+FORCE = {"timeout": 0}
+HOSTS = ("hosta", "hostb")
+_names = (f"mover-{number}" for number in itertools.count(1))
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with lab_folder() as folder, lab_of(folder, *HOSTS, networked=True) as lab:
+        for host in lab.fleet.hosts.values():
+            idle_image(host.images / "idle.qcow2")
+        yield lab
+
+
+@pytest.fixture(autouse=True)
+def nothing_remains(lab: Lab) -> Iterator[None]:
+    """After each test no host has anything left of its instances."""
+    yield
+    for name, one in lab.instances().items():
+        if one["move"]:
+            lab.done("confirm", instance=name)
+        lab.done("destroy", instance=name, wait_if_busy=True)
+    assert {name: domains(host) for name, host in lab.fleet.hosts.items()} == {"hosta": {}, "hostb": {}}
+    assert {name: leftovers(lab, name) for name in HOSTS} == {"hosta": [], "hostb": []}
+
+
+@pytest.fixture
+def name() -> str:
+    return next(_names)
+
+
+def leftovers(lab: Lab, host: str) -> list[str]:
+    data = lab.fleet.hosts[host].data
+    return sorted(str(path.relative_to(data)) for kind in ("instances", "tmp") for path in (data / kind).glob("*"))
+
+
+def idle(lab: Lab, name: str, **options: Any) -> str:
+    """An instance whose guest does nothing, with data on its disks; its uuid."""
+    image = str(lab.fleet.hosts["hosta"].images / "idle.qcow2")
+    record = lab.done("spawn", name=name, host="hosta", image=image, memory_mib=64, **{"disk_gib": 1, **options})
+    uuid = str(record["uuid"])
+    lab.done("power_off", instance=name, **FORCE)
+    for disk in disks(lab.folder("hosta", uuid)):
+        write(disk, DATA_MIB)
+    lab.done("power_on", instance=name)
+    return uuid
+
+
+def disks(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("root.*"), *folder.glob("ephemeral*.qcow2")])
+
+
+def write(disk: Path, mib: int) -> None:
+    """Put random data on a disk of a guest that is off."""
+    form, random = disk.suffix.removeprefix("."), disk.with_name("random")
+    subprocess.run(["dd", "if=/dev/urandom", f"of={random}", "bs=1M", f"count={mib}", "status=none"], check=True)
+    write = f"write -q -s {random} 1M {mib}M"
+    subprocess.run(["qemu-io", "-f", form, "-c", write, str(disk)], check=True, capture_output=True)
+    random.unlink()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """What a guest reads from the beginning of each disk, where its data is."""
+    found = {}
+    for disk in disks(folder):
+        flat, form = disk.with_name("flat"), disk.suffix.removeprefix(".")
+        subprocess.run(["qemu-img", "convert", "-U", "-f", form, "-O", "raw", str(disk), str(flat)], check=True)
+        with flat.open("rb") as file:
+            found[disk.name] = hashlib.blake2b(file.read((DATA_MIB + 2) * MIB)).hexdigest()
+        flat.unlink()
+    return found
+
+
+def ended(lab: Lab, operation: str, timeout: float = 240) -> dict[str, Any]:
+    """The record of an operation once it is over."""
+    wait_until(lambda: lab.field(operation, "ended_at"), timeout, f"{operation} ends")
+    return lab.run("operation", operation).record
+
+
+def begin(lab: Lab, name: str, **options: Any) -> str:
+    """Have an instance moved to hostb; the operation's id."""
+    operation = f"moving-{name}"
+    lab.scheduler.send("migrate", instance=name, to="hostb", operation_id=operation, **FORCE, **options)
+    wait_until(lambda: lab.field(operation, "state"), 30, f"{operation} is admitted")
+    return operation
+
+
+def step(record: dict[str, Any], key: str) -> dict[str, Any]:
+    return next(one for one in record["steps"] if one["key"] == key)
+
+
+def runs_at_home_as_before(lab: Lab, name: str, uuid: str, before: dict[str, str]) -> None:
+    assert domains(lab.fleet.hosts["hosta"]) == {name: True}
+    assert domains(lab.fleet.hosts["hostb"]) == {}
+    assert contents(lab.folder("hosta", uuid)) == before
+    assert leftovers(lab, "hosta") == [f"instances/{uuid}"]
+    assert leftovers(lab, "hostb") == []
+    assert (lab.instances()[name]["host"], lab.instances()[name]["move"]) == ("hosta", None)
+
+
+@pytest.mark.parametrize("root", ["overlay", "copy", "raw"])
+def test_all_of_it_arrives_and_confirm_removes_what_was_left(lab: Lab, name: str, root: str) -> None:
+    uuid = idle(lab, name, root_disk=root, ephemeral_gib=[1], swap_mib=16)
+    with domain(lab.fleet.hosts["hosta"], name) as found:
+        found.setAutostart(1)
+    before, xml = contents(lab.folder("hosta", uuid)), definition(lab.fleet.hosts["hosta"], name)
+    lab.done("migrate", instance=name, to="hostb", **FORCE)
+    assert domains(lab.fleet.hosts["hosta"]) == {name: False}
+    assert domains(lab.fleet.hosts["hostb"]) == {name: True}
+    assert contents(lab.folder("hostb", uuid)) == before
+    for disk in disks(lab.folder("hostb", uuid)):
+        there = lab.folder("hosta", f"{uuid}_resize") / disk.name
+        assert disk.stat().st_blocks <= 1.02 * there.stat().st_blocks
+    with domain(lab.fleet.hosts["hosta"], name) as found:
+        assert found.autostart() == 0
+        with pytest.raises(Exception, match=r"Cannot access storage file|No such file"):
+            found.create()
+    with domain(lab.fleet.hosts["hostb"], name) as found:
+        assert found.autostart() == 1
+    paths = str(lab.fleet.hosts["hosta"].data), str(lab.fleet.hosts["hostb"].data)
+    assert unmarked(definition(lab.fleet.hosts["hostb"], name)) == unmarked(xml.replace(*paths))
+    assert lab.instances()[name]["host"] == "hostb"
+    assert lab.instances()[name]["move"]["leftover"] == "hosta"
+    lab.done("confirm", instance=name)
+    assert domains(lab.fleet.hosts["hosta"]) == {}
+    assert leftovers(lab, "hosta") == []
+    assert lab.instances()[name]["move"] is None
+
+
+def unmarked(xml: str) -> list[str]:
+    return [line for line in xml.splitlines() if "virtfleet:instance" not in line]
+
+
+def test_a_guest_goes_on_with_its_data_and_new_sizes(lab: Lab, name: str) -> None:
+    uuid = lab.spawn(name, "hosta", "--ephemeral", "1")
+    ready = ("--wait-for", "console", "--console-line", "told")
+    lab.succeed("migrate", name, "--to", "hostb", "--vcpus", "2", "--disk", "1", "--auto-confirm", *ready)
+    told = lab.wait_told("hostb", uuid, 1)
+    assert "mark-of-vda!mark-of-vdb!" in told
+    assert "cpus: 2" in told
+    assert f"vda: {1024**3} bytes" in told
+    wait_until(lambda: lab.instances()[name]["move"] is None, 60, "it is confirmed by itself")
+    assert leftovers(lab, "hosta") == []
+
+
+def test_a_revert_brings_the_former_copy_back_and_the_other_one_goes(lab: Lab, name: str) -> None:
+    uuid = idle(lab, name, ephemeral_gib=[1])
+    before = contents(lab.folder("hosta", uuid))
+    lab.done("migrate", instance=name, to="hostb", memory_mib=96, **FORCE)
+    lab.done("revert", instance=name, **FORCE)
+    assert domains(lab.fleet.hosts["hosta"]) == {name: True}
+    assert "<memory unit='KiB'>65536</memory>" in definition(lab.fleet.hosts["hosta"], name)
+    wait_until(lambda: lab.instances()[name]["move"] is None, 60, "the other copy goes")
+    runs_at_home_as_before(lab, name, uuid, before)
+
+
+def test_a_revert_leaves_a_changed_former_copy_alone(lab: Lab, name: str) -> None:
+    uuid = idle(lab, name)
+    lab.done("migrate", instance=name, to="hostb", **FORCE)
+    kept = lab.folder("hosta", f"{uuid}_resize") / "root.qcow2"
+    write(kept, 1)
+    assert lab.call("revert", instance=name, **FORCE)["error"]["code"] == "checksum_mismatch"
+    assert domains(lab.fleet.hosts["hostb"]) == {name: True}
+    assert lab.instances()[name]["host"] == "hostb"
+
+
+def test_while_a_move_is_undecided_neither_copy_can_be_moved_or_destroyed(lab: Lab, name: str) -> None:
+    idle(lab, name)
+    lab.done("migrate", instance=name, to="hostb", **FORCE)
+    for refused, how in (("destroy", {}), ("migrate", {"to": "hosta"}), ("resize", {"vcpus": 2})):
+        assert lab.call(refused, instance=name, **how)["error"]["code"] == "invalid_state"
+    lab.succeed("hosts", "sync", "hosta")
+    lab.succeed("hosts", "sync", "hostb")
+    assert lab.instances()[name]["host"] == "hostb"
+    assert lab.instances()[name]["move"]["leftover"] == "hosta"
+
+
+def test_a_cut_cable_is_survived_without_sending_again_what_has_arrived(lab: Lab, name: str) -> None:
+    uuid = idle(lab, name)
+    cable = lab.fleet.hosts["hosta"].cable
+    assert cable
+    before, size = contents(lab.folder("hosta", uuid)), lab.folder("hosta", uuid).joinpath("root.qcow2").stat().st_size
+    received = cable.received()
+    operation, part = begin(lab, name, bandwidth_mib=8), lab.folder("hostb", uuid)
+    wait_until(lambda: arrived(part) > size // 2, 120, "half of it has arrived")
+    cable.cut()
+    time.sleep(3)
+    half = arrived(part)
+    wait_until(lambda: arrived(part) >= half, 5, "what has arrived is kept")
+    time.sleep(20)
+    cable.plug()
+    record = ended(lab, operation)
+    assert record["state"] == "succeeded", record["error"]
+    assert step(record, "copy_disk:root.qcow2")["attempt"] > 1
+    assert contents(lab.folder("hostb", uuid)) == before
+    # Headers of TCP and ssh take a few percent; all of what had arrived would be half as much again.
+    assert cable.received() - received < 1.1 * size + 2 * MIB
+
+
+def arrived(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob(".root.qcow2.*.part")) if folder.exists() else 0
+
+
+def test_a_full_destination_is_noticed_before_the_guest_is_stopped(lab: Lab, name: str) -> None:
+    uuid = idle(lab, name)
+    before = contents(lab.folder("hosta", uuid))
+    data = lab.fleet.hosts["hostb"].data
+    ledger, free = Ledger(data), available_space(data)
+    ledger.reserve("other", free - 2**20, data / "elsewhere", 0, Alone())  # another operation was promised it
+    try:
+        record = lab.call("migrate", instance=name, to="hostb", **FORCE)
+    finally:
+        ledger.release("other")
+    assert record["error"]["code"] == "no_space"
+    assert step(record, "shut_down_source")["state"] == "pending"
+    runs_at_home_as_before(lab, name, uuid, before)
+
+
+STEPS = [
+    ("describe_source", "hosta"),
+    ("preflight", "hostb"),
+    ("prepare_destination", "hostb"),
+    ("shut_down_source", "hosta"),
+    ("set_aside", "hosta"),
+    ("copy_disk:root.qcow2", "hostb"),
+    ("fingerprint:root.qcow2", "hosta"),
+    ("verify_disks", "hostb"),
+    ("define_destination", "hostb"),
+    ("start_destination", "hostb"),
+    ("release", "hosta"),
+    ("take_over", "hostb"),
+]
+
+
+def kill_workers(lab: Lab, host: str, operation: str) -> None:
+    for kind in ("control", "disk"):
+        worker = lab.fleet.worker(host, kind)
+        worker.kill9()
+        worker.start()
+
+
+def kill_libvirtd(lab: Lab, host: str, operation: str) -> None:
+    lab.fleet.hosts[host].libvirtd_kill9()
+    time.sleep(1)
+    lab.fleet.hosts[host].libvirtd_start()
+
+
+def cancel(lab: Lab, host: str, operation: str) -> None:
+    lab.scheduler.app.send_task("virtfleet.cancel", kwargs={"operation_id": operation}, queue="virtfleet")
+
+
+@pytest.mark.parametrize("fault", [kill_workers, kill_libvirtd, cancel])
+@pytest.mark.parametrize(("key", "host"), STEPS)
+def test_whatever_happens_in_a_step_the_guest_runs_on_one_host_with_its_data(
+    lab: Lab, name: str, key: str, host: str, fault: Callable[[Lab, str, str], None]
+) -> None:
+    uuid = idle(lab, name)
+    before = contents(lab.folder("hosta", uuid))
+    operation = begin(lab, name)
+    wait_until(lambda: lab.field(operation, f"step:{key}:state") in ("running", "done", "failed"), 60, f"{key} begins")
+    fault(lab, host, operation)
+    record = ended(lab, operation)
+    if record["state"] == "cancelled" or (record["state"] == "failed" and fault is not cancel):
+        runs_at_home_as_before(lab, name, uuid, before)
+        return
+    assert record["state"] == "succeeded", json.dumps(record["error"], indent=1)
+    assert domains(lab.fleet.hosts["hosta"]) == {name: False}
+    assert domains(lab.fleet.hosts["hostb"]) == {name: True}
+    assert contents(lab.folder("hostb", uuid)) == before

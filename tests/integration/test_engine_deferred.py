@@ -1,0 +1,53 @@
+"""Requests that the fleet submits later itself: when they are due, once, and without harm if they cannot be."""
+
+from __future__ import annotations
+
+import time
+from uuid import uuid4
+
+from worker.engine import deferred
+from worker.engine.journal import Journal
+from worker.engine.record import State
+from worker.engine.registry import registry
+from worker.models import Instance, PowerState
+
+KIND = "virtfleet.power_on"
+
+
+def known(name: str) -> dict[str, str]:
+    registry().put(Instance(name=name, uuid=uuid4(), host="hosta", power=PowerState.OFF))
+    return {"instance": name}
+
+
+def test_a_request_is_submitted_when_it_is_due_and_not_before(journal: Journal) -> None:
+    deferred.defer("op-later", KIND, known("web"), 0.5)
+    deferred.submit_due(journal.redis, 10)
+    assert journal.find("op-later") is None
+    time.sleep(0.6)
+    deferred.submit_due(journal.redis, 10)
+    assert journal.read("op-later").state is State.QUEUED
+    assert journal.read("op-later").request["instance"] == "web"
+
+
+def test_asking_twice_or_dying_in_between_submits_it_once(journal: Journal) -> None:
+    request = known("web")
+    for _ in range(2):
+        deferred.defer("op-once", KIND, request, 0.0)
+        deferred.submit_due(journal.redis, 10)
+    assert len(journal.latest(10)) == 1
+    assert journal.read("op-once").state is State.QUEUED
+
+
+def test_one_that_is_forgotten_is_not_submitted(journal: Journal) -> None:
+    deferred.defer("op-never", KIND, known("web"), 0.0)
+    deferred.forget("op-never")
+    deferred.submit_due(journal.redis, 10)
+    assert journal.find("op-never") is None
+
+
+def test_one_that_is_turned_away_does_not_hold_up_the_others(journal: Journal) -> None:
+    deferred.defer("op-wrong", KIND, {"instance": "nobody"}, 0.0)
+    deferred.defer("op-right", KIND, known("web"), 0.0)
+    deferred.submit_due(journal.redis, 10)
+    assert journal.read("op-wrong").state is State.REJECTED
+    assert journal.read("op-right").state is State.QUEUED

@@ -1,0 +1,270 @@
+"""The side of a move that an instance leaves: described, set aside where nobody starts it by accident, put back."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Literal
+
+import structlog
+from pydantic import Field
+
+from worker.compute import disks
+from worker.compute.local import LocalHost, LocalInstance, require_ours
+from worker.compute.power import OFF
+from worker.compute.provision import remove_domain
+from worker.compute.resize import Plan as ResizePlan
+from worker.compute.resize import refuse_shrinking, require_spec
+from worker.context import Alone, Context
+from worker.errors import ChecksumMismatch, InternalError, InvalidState, UnsupportedByHost
+from worker.images.digest import content_digest
+from worker.images.files import remove_tree, rename_folder, write_text_durably
+from worker.models import Frozen, Move, Network, NewSizes, PowerState, Sizes
+from worker.virt.guest import Guest
+
+log = structlog.get_logger(__name__)
+
+NOTHING_NEW = NewSizes()
+
+
+class Departure(Frozen):
+    """What leaves: the domain as it was defined, what it did, and its files with their lengths while it still ran.
+
+    `probe` is what its directory was marked with.
+    """
+
+    power: PowerState
+    autostart: bool
+    xml: str
+    files: dict[str, int]
+    allocated: int
+    base: str | None
+    base_allocated: int
+    sizes: Sizes
+    resized: bool
+    networks: tuple[Network, ...]
+    probe: str
+    notes: tuple[str, ...] = ()
+
+
+class Handover(Frozen):
+    """Lies in both copies of an instance that has moved: which one counts, and what the other one is."""
+
+    operation: str
+    phase: Literal["moving", "moved"]
+    authoritative: str
+    leftover: str
+    shared: bool
+    departure: Departure
+    digests: dict[str, str] = Field(default_factory=dict)
+    former: Handover | None = None
+
+
+def describe(instance: LocalInstance, wanted: NewSizes, files: tuple[str, ...], ctx: Context) -> Departure:
+    """What there is to move, while the guest runs on; marks its directory for `arrival.sees_our_storage`.
+
+    Raises `InvalidState`, `InvalidSpec` (a disk would shrink), `NotOurs`, `UnsupportedByHost`.
+    """
+    with instance.owned(ctx) as folder, instance.local.libvirt() as host:
+        guest = host.guest(instance.uuid)
+        require_ours(guest)
+        power, spec = _require_movable(instance, guest), require_spec(instance)
+        before, base = Sizes.of(spec), disks.root(folder).backing
+        refuse_shrinking(folder, ResizePlan(before=before, after=wanted.after(before), power=power))
+        if files != folder.files():
+            raise InvalidState(
+                f"{instance.name} has the files {', '.join(folder.files())}, but the fleet knows of {', '.join(files)}",
+                hint=f"Have the host looked through: virtfleet hosts sync {instance.local.name}",
+            )
+        ctx.undo("forget_probe", uuid=instance.uuid)
+        probe = secrets.token_hex(16)
+        write_text_durably(folder.probe(ctx.operation), probe)
+        return Departure(
+            power=power,
+            autostart=guest.autostart(),
+            xml=guest.pinned_xml(),
+            files={name: (folder.path / name).stat().st_size for name in files},
+            allocated=sum((folder.path / name).stat().st_blocks * 512 for name in files),
+            base=base.name if base else None,
+            base_allocated=base.stat().st_blocks * 512 if base else 0,
+            sizes=wanted.after(before),
+            resized=wanted.after(before) != before,
+            networks=spec.networks,
+            probe=probe,
+            notes=tuple(f"checkpoint {name} is not taken along" for name in guest.checkpoints()),
+        )
+
+
+def _require_movable(instance: LocalInstance, guest: Guest) -> PowerState:
+    power = guest.power()
+    if power is PowerState.SAVED:
+        raise InvalidState(
+            f"{instance.name} is off with its memory saved, which only this host can go on with",
+            hint=f"Let it go on first: virtfleet power on {instance.name}",
+        )
+    if guest.has_nvram():
+        raise UnsupportedByHost(f"{instance.name} boots by UEFI: its NVRAM cannot be moved yet")
+    return power
+
+
+def forget_probe(instance: LocalInstance, operation: str) -> None:
+    """Take the mark away again."""
+    for folder in (instance.folder, instance.local.data.aside(instance.uuid)):
+        folder.probe(operation).unlink(missing_ok=True)
+
+
+def set_aside(instance: LocalInstance, handover: Handover, ctx: Context) -> None:
+    """Keep a stopped instance's copy where nothing starts it: under another name, which its domain does not know.
+
+    On shared storage there is one copy, so the domain itself goes; `handover` holds its definition.
+    """
+    ctx.undo("put_back", name=instance.name, uuid=instance.uuid)
+    aside = instance.aside
+    if not handover.shared and aside.folder.spec.exists():
+        return
+    with instance.owned(ctx) as folder, instance.local.libvirt() as host:
+        guest = host.find_uuid(instance.uuid)
+        if guest is not None:
+            guest.claim(instance.owner(ctx))
+            if guest.power() not in OFF:
+                raise InvalidState(
+                    f"{instance.name} is {guest.power()}: it cannot be set aside", hint="Who started it?"
+                )
+        note(instance, handover)  # before anything changes: it says what the domain was
+        if guest is not None:
+            guest.set_autostart(enabled=False)
+        folder.probe(ctx.operation).unlink(missing_ok=True)
+        if not handover.shared:
+            rename_folder(folder.path, aside.folder.path)
+        elif guest is not None:
+            guest.undefine()
+
+
+def put_back(instance: LocalInstance, ctx: Context, *, keep_note: bool = False) -> Handover | None:
+    """Bring a copy that was set aside back to its place, its domain as it was; what was noted about it.
+
+    `keep_note` is for the copy that an earlier operation set aside: it does not count before it has been started.
+    """
+    aside = instance.aside
+    if aside.folder.spec.exists():
+        _clear_place(instance)
+        with aside.owned(ctx):
+            rename_folder(aside.folder.path, instance.folder.path)
+    handover = handover_of(instance)
+    if handover is None or (handover.operation != ctx.operation and not keep_note):
+        return None  # this operation has not come to setting it aside
+    with instance.owned(ctx), instance.local.libvirt() as host:
+        guest = host.find_uuid(instance.uuid) or host.restore(handover.departure.xml, instance.owner(ctx))
+        guest.claim(instance.owner(ctx))
+        guest.set_autostart(enabled=handover.departure.autostart)
+        if not keep_note:
+            note(instance, handover.former)
+    return handover
+
+
+def _clear_place(instance: LocalInstance) -> None:
+    """Remove what a look at the place may have left there: an empty folder with its lock."""
+    folder = instance.folder
+    if folder.files():
+        raise InternalError(
+            f"{folder.path} and {instance.aside.folder.path} both hold disks of {instance.name}: neither is touched"
+        )
+    remove_tree(folder.path, instance.local.data.instances)
+
+
+def handover_of(instance: LocalInstance) -> Handover | None:
+    """What is noted about the move that this host's copy was part of."""
+    try:
+        return Handover.model_validate_json(instance.folder.handover(instance.local.name).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def note(instance: LocalInstance, handover: Handover | None) -> None:
+    """Put down beside this host's copy which one counts; None: there is only this one."""
+    path = instance.folder.handover(instance.local.name)
+    if handover is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_text_durably(path, handover.model_dump_json(), 0o600)
+
+
+def counts_here(local: LocalHost, name: str, uuid: str) -> bool:
+    """Whether this host's copy is the one that counts, set aside or not; two hosts may have one during a move."""
+    instance = LocalInstance(local, name, uuid)
+    noted = handover_of(instance.aside) or handover_of(instance)
+    return noted is None or noted.authoritative == local.name
+
+
+def release(instance: LocalInstance, handover: Handover, ctx: Context) -> None:
+    """Acknowledge, on the host that was left, that its copy does not count any more."""
+    with instance.aside.owned(ctx) if not handover.shared else instance.owned(ctx):
+        note(instance if handover.shared else instance.aside, handover)
+
+
+def move_of(local: LocalHost, name: str, uuid: str) -> Move | None:
+    """The move that brought the instance here and is not confirmed yet."""
+    found = handover_of(LocalInstance(local, name, uuid))
+    if found is None or found.phase == "moving" or found.authoritative != local.name:
+        return None
+    return Move(
+        operation=found.operation, authoritative=found.authoritative, leftover=found.leftover, shared=found.shared
+    )
+
+
+def back_home(instance: LocalInstance, ctx: Context) -> PowerState:
+    """`put_back`, and what the guest does then."""
+    put_back(instance, ctx)
+    with instance.local.libvirt() as host:
+        return host.guest(instance.uuid).power()
+
+
+def set_aside_again(instance: LocalInstance, migration: str, counts: str, ctx: Context) -> None:
+    """Take back a `put_back`: this host's copy may have run, but the one on host `counts` is what counts."""
+    handover = handover_of(instance)
+    if handover is None:
+        return
+    with instance.owned(ctx), instance.local.libvirt() as host:
+        guest = host.find_uuid(instance.uuid)
+        if guest is not None:
+            guest.check_fence(instance.owner(ctx))
+            guest.destroy()
+    was = {"operation": migration, "phase": "moved", "authoritative": counts, "leftover": instance.local.name}
+    set_aside(instance, handover.model_copy(update=was), Alone(ctx.operation, ctx.fence))
+
+
+def fingerprint(instance: LocalInstance, name: str, ctx: Context) -> str:
+    """The digest of a file of the copy that is set aside."""
+    return content_digest(instance.aside.folder.path / name, ctx)
+
+
+def prove_aside(instance: LocalInstance, migration: str, ctx: Context) -> Handover:
+    """Make sure that the copy that is set aside is still what it was. Raises `InvalidState`, `ChecksumMismatch`."""
+    folder = instance.aside.folder
+    handover = handover_of(instance.aside) or handover_of(instance)
+    if handover is None or handover.operation != migration:
+        raise InvalidState(f"host {instance.local.name} keeps no copy of {instance.name} from migration {migration}")
+    if handover.shared:
+        return handover
+    for name in handover.departure.files:
+        found = content_digest(folder.path / name, ctx)
+        wanted = handover.digests.get(name, found)
+        if found != wanted:
+            raise ChecksumMismatch(f"{folder.path / name} is not what it was when the instance left: it has changed")
+    return handover
+
+
+def remove_aside(instance: LocalInstance, migration: str, ctx: Context) -> bool:
+    """Remove a copy that was set aside, and its domain; False when it is gone."""
+    folder = instance.aside.folder
+    handover = handover_of(instance.aside)
+    if handover is None and not folder.spec.exists():
+        return False
+    if handover is None or handover.operation != migration or handover.authoritative == instance.local.name:
+        raise InvalidState(f"{folder.path} is not from migration {migration}: it is left alone")
+    remove_domain(instance.aside, ctx)
+    with instance.aside.owned(ctx):
+        for path in set(folder.path.iterdir()) - {*folder.handovers(), folder.lock}:
+            remove_tree(path, folder.path)  # the note goes last: by it a second attempt knows what it may remove
+        remove_tree(folder.path, instance.local.data.instances)
+    log.info("removed the copy that was set aside", instance=instance.name, path=str(folder.path))
+    return True

@@ -1,0 +1,58 @@
+"""An instance's disks as they lie in its directory: read, and grown to what its spec says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from worker.compute.provision import disk_target, ephemeral_disk, plain_disk
+from worker.context import Context
+from worker.images import qemu_img
+from worker.images.layout import InstanceDir
+from worker.models import GIB, Disk, DiskSet, InstanceSpec
+
+
+def present(folder: InstanceDir, spec: InstanceSpec) -> DiskSet:
+    """The disks that are there, with the roles and targets that `spec` gives them. Raises `CommandFailed`."""
+    disks = kept(folder, spec)
+    if spec.swap_mib:
+        disks.append(read(folder.swap, "swap", disk_target(len(disks))))
+    if folder.seed.exists():
+        disks.append(read(folder.seed, "seed", "vdz"))
+    return DiskSet(disks=tuple(disks))
+
+
+def kept(folder: InstanceDir, spec: InstanceSpec) -> list[Disk]:
+    """The disks that hold the guest's data: root and ephemeral ones, which cannot be made again."""
+    numbers = range(len(spec.ephemeral_gib))
+    return [root(folder), *(read(folder.ephemeral(index), "ephemeral", disk_target(index + 1)) for index in numbers)]
+
+
+def root(folder: InstanceDir) -> Disk:
+    """The root disk."""
+    raw = folder.root("raw")
+    return read(raw if raw.exists() else folder.root("qcow2"))
+
+
+def read(path: Path, role: str = "root", target: str = "vda") -> Disk:
+    """A disk from its file. The name tells the format: the guest could have written any header into a raw disk."""
+    if path.suffix != ".qcow2":
+        return plain_disk(role, target, path, "raw", path.stat().st_size)
+    found = qemu_img.info(path, "qcow2")
+    backing = Path(found.backing_file) if found.backing_file else None
+    return plain_disk(role, target, path, "qcow2", found.virtual_size).model_copy(update={"backing": backing})
+
+
+def grow(folder: InstanceDir, spec: InstanceSpec, ctx: Context) -> None:
+    """Make the disks of a stopped guest as large as `spec` says, and those that it adds. Never shrinks."""
+    if spec.disk_gib:
+        _grow(root(folder), spec.disk_gib * GIB, ctx)
+    for index, gib in enumerate(spec.ephemeral_gib):
+        target = disk_target(index + 1)
+        ephemeral_disk(folder, index, gib * GIB, target)
+        _grow(read(folder.ephemeral(index), "ephemeral", target), gib * GIB, ctx)
+
+
+def _grow(disk: Disk, size: int, ctx: Context) -> None:
+    ctx.progress(0, None, f"growing {disk.path.name}")
+    if size > disk.virtual_size:
+        qemu_img.resize(disk.path, disk.format, size)

@@ -1,0 +1,226 @@
+"""Resize on the same host: a stopped guest gets other sizes, and can get its old ones back until it has run with them.
+
+What the instance was lies beside its disks (`.before-resize.json`) from before the first change until the guest has
+been started with the new sizes, its CPUs still stopped. As long as that file is there nothing in the guest has seen a
+new disk, so shrinking it again loses nothing; once it is gone, there is nothing to take back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+
+from worker.compute import disks
+from worker.compute.local import LocalInstance, require_ours
+from worker.compute.power import OFF
+from worker.compute.provision import METADATA_BYTES, domain_config, spec_of
+from worker.context import Context
+from worker.errors import InvalidSpec, InvalidState
+from worker.images import qemu_img
+from worker.images.files import replace_json, require_space, size_of, write_text_durably
+from worker.images.layout import InstanceDir
+from worker.images.swap import make_swap
+from worker.models import GIB, MIB, DiskSet, Frozen, InstanceSpec, NewSizes, PowerState, Sizes
+from worker.virt.guest import Guest
+from worker.virt.host import Host
+
+log = structlog.get_logger(__name__)
+
+RUNS = (PowerState.RUNNING, PowerState.PAUSED)
+
+
+class Plan(Frozen):
+    """What a resize changes, and what the guest was doing before."""
+
+    before: Sizes
+    after: Sizes
+    power: PowerState
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything to do."""
+        return self.before != self.after
+
+
+class Before(Frozen):
+    """What an instance was: its definition, its spec, and the virtual size of each growing disk in bytes."""
+
+    operation: str
+    xml: str
+    spec: InstanceSpec
+    disks: dict[str, int]
+
+
+# --- before anything is touched ---------------------------------------------------------------------------------------
+
+
+def plan(instance: LocalInstance, wanted: NewSizes, ctx: Context) -> Plan:
+    """What there is to do; refuses what cannot be done.
+
+    Raises `InvalidSpec` (a disk would shrink or go), `InvalidState` (memory is saved), `NoSpace`, `NotOurs`.
+    """
+    ctx.check()
+    spec = require_spec(instance)
+    with instance.local.libvirt() as host:
+        guest = host.guest(instance.uuid)
+        require_ours(guest)
+        power = guest.power()
+        _refuse_saved(instance, power)
+        most = host.domain_capabilities(guest.accel()).max_vcpus
+    before = Sizes.of(spec)
+    found = Plan(before=before, after=wanted.after(before), power=power)
+    refuse_shrinking(instance.folder, found)
+    if found.after.vcpus > most:
+        raise _refused("vcpus", found.after.vcpus, f"at most {most} on host {instance.local.name}")
+    require_space(instance.folder.path, METADATA_BYTES, instance.local.settings.reserve_bytes)
+    return found
+
+
+def require_spec(instance: LocalInstance) -> InstanceSpec:
+    """What the instance is made of. Raises `InvalidState` where its directory does not say."""
+    spec = spec_of(instance.local, instance.uuid)
+    if spec is None:
+        raise InvalidState(
+            f"{instance.folder.spec} is missing or damaged, so nothing says what {instance.name} is made of",
+            hint="Put it back from a backup; the guest itself is untouched.",
+        )
+    return spec
+
+
+def _refuse_saved(instance: LocalInstance, power: PowerState) -> None:
+    if power is PowerState.SAVED:
+        raise InvalidState(
+            f"{instance.name} is off with its memory saved, which fits only the guest as it is",
+            hint=f"Let it go on first: virtfleet power on {instance.name}",
+        )
+
+
+def refuse_shrinking(folder: InstanceDir, plan: Plan) -> None:
+    """Raise `InvalidSpec` when a disk would lose data."""
+    after = plan.after
+    root = disks.root(folder)
+    if after.disk_gib is not None and after.disk_gib * GIB < root.virtual_size:
+        least = -(-root.virtual_size // GIB)
+        raise _refused("disk_gib", after.disk_gib, f"at least {least}: disks never shrink")
+    kept = after.ephemeral_gib[: len(plan.before.ephemeral_gib)]
+    if len(kept) < len(plan.before.ephemeral_gib) or any(
+        new < old for new, old in zip(kept, plan.before.ephemeral_gib, strict=True)
+    ):
+        present = ", ".join(map(str, plan.before.ephemeral_gib))
+        raise _refused("ephemeral_gib", list(after.ephemeral_gib), f"at least {present}, in this order, and more disks")
+
+
+def _refused(field: str, given: object, allowed: str) -> InvalidSpec:
+    return InvalidSpec(f"{field}: allowed: {allowed} (given: {given})", field=field, given=given, allowed=allowed)
+
+
+# --- the resize itself ------------------------------------------------------------------------------------------------
+
+
+def resize_disks(instance: LocalInstance, plan: Plan, ctx: Context) -> DiskSet:
+    """Grow the stopped guest's disks, make new ones, and its swap anew. Raises `InvalidState` while it runs."""
+    if not plan.changes:
+        return DiskSet(disks=())
+    ctx.undo("revert_resize", name=instance.name, uuid=instance.uuid)
+    with _stopped(instance, ctx) as (folder, _, guest):
+        _remember(folder, guest, require_spec(instance), ctx)
+        spec = plan.after.on(require_spec(instance))
+        disks.grow(folder, spec, ctx)
+        if plan.before.swap_mib != plan.after.swap_mib and spec.swap_mib:
+            make_swap(folder.swap, spec.swap_mib, ctx)
+        return disks.present(folder, spec)
+
+
+def redefine(instance: LocalInstance, plan: Plan, ctx: Context) -> None:
+    """Give the stopped guest the definition of its new sizes. Raises `DomainRejected`."""
+    if not plan.changes:
+        return
+    with _stopped(instance, ctx) as (folder, host, guest):
+        spec = plan.after.on(require_spec(instance))
+        same_accel = spec.model_copy(update={"accel": guest.accel()})
+        config = domain_config(instance, host, same_accel, disks.present(folder, spec), instance.owner(ctx))
+        host.redefine(guest.xml(inactive=True), config)
+        replace_json(folder.spec, {"spec": spec.model_dump(mode="json"), "operation": ctx.operation})
+
+
+def finish(instance: LocalInstance, plan: Plan, ctx: Context) -> PowerState:
+    """Bring the guest's power back to what it was: from here on the resize is not taken back.
+
+    The guest starts with its CPUs stopped: QEMU has accepted the new sizes before the guest can write to a new disk.
+    """
+    with instance.owned(ctx) as folder, instance.local.libvirt() as host:
+        guest = host.guest(instance.uuid)
+        guest.claim(instance.owner(ctx))
+        if plan.power in RUNS and not guest.is_active():
+            ctx.check()
+            guest.start(paused=True)
+        folder.before_resize.unlink(missing_ok=True)
+        if plan.power is PowerState.RUNNING:
+            guest.resume()
+        if not plan.after.swap_mib:
+            folder.swap.unlink(missing_ok=True)
+        return guest.power()
+
+
+# --- taking it back ---------------------------------------------------------------------------------------------------
+
+
+def revert(instance: LocalInstance, ctx: Context) -> None:
+    """Give the guest its old sizes and definition back, unless it has run with the new ones."""
+    with instance.owned(ctx) as folder, instance.local.libvirt() as host:
+        before = _remembered(folder)
+        if before is None:
+            log.info("nothing to take back: the guest has its old sizes, or runs with the new ones", uuid=instance.uuid)
+            return
+        guest = host.guest(instance.uuid)
+        guest.check_fence(instance.owner(ctx))
+        if guest.power() is PowerState.PAUSED:
+            guest.destroy()  # started by `finish`, and never run
+        if guest.is_active():
+            raise InvalidState(f"{instance.name} was started by somebody else while it was resized: its disks stay")
+        _restore_disks(folder, before, ctx)
+        replace_json(folder.spec, {"spec": before.spec.model_dump(mode="json"), "operation": ctx.operation})
+        host.restore(before.xml, instance.owner(ctx))
+        folder.before_resize.unlink()
+
+
+def _restore_disks(folder: InstanceDir, before: Before, ctx: Context) -> None:
+    for path in (*folder.path.glob("root.*"), *folder.path.glob("ephemeral*.qcow2")):
+        size = before.disks.get(path.name)
+        if size is None:
+            path.unlink()
+        elif (disk := disks.read(path)).virtual_size > size:
+            qemu_img.shrink(path, disk.format, size)
+    if not before.spec.swap_mib:
+        folder.swap.unlink(missing_ok=True)
+    elif size_of(folder.swap) != before.spec.swap_mib * MIB:
+        make_swap(folder.swap, before.spec.swap_mib, ctx)
+
+
+def _remember(folder: InstanceDir, guest: Guest, spec: InstanceSpec, ctx: Context) -> None:
+    known = _remembered(folder)
+    if known is not None and known.operation == ctx.operation:
+        return
+    sizes = {disk.path.name: disk.virtual_size for disk in disks.present(folder, spec).disks}
+    before = Before(operation=ctx.operation, xml=guest.xml(inactive=True), spec=spec, disks=sizes)
+    write_text_durably(folder.before_resize, before.model_dump_json(), 0o600)
+
+
+def _remembered(folder: InstanceDir) -> Before | None:
+    try:
+        return Before.model_validate_json(folder.before_resize.read_text())
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def _stopped(instance: LocalInstance, ctx: Context) -> Iterator[tuple[InstanceDir, Host, Guest]]:
+    with instance.owned(ctx) as folder, instance.local.libvirt() as host:
+        guest = host.guest(instance.uuid)
+        require_ours(guest)
+        guest.claim(instance.owner(ctx))
+        if (power := guest.power()) not in OFF:
+            raise InvalidState(f"{instance.name} is {power}: its disks cannot be resized", hint="Who started it?")
+        yield folder, host, guest

@@ -1,0 +1,66 @@
+"""Requests that are submitted later by the fleet itself: due entries in Redis, admitted by the reaper."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, cast
+
+import structlog
+
+from worker.engine import keys
+from worker.engine.connection import Redis, shared, translated
+from worker.engine.journal import Journal
+from worker.engine.kinds import kind_of
+from worker.engine.operation import submit
+from worker.errors import BrokerUnavailable, FleetError
+
+log = structlog.get_logger(__name__)
+
+
+def defer(operation_id: str, kind: str, request: dict[str, Any], seconds: float) -> None:
+    """Have a request of that kind submitted in `seconds` from now, under this id; the same id again changes nothing."""
+    redis = shared()
+    at = Journal(redis).now() + seconds
+    with translated():
+        pipe = redis.pipeline(transaction=True)
+        pipe.hsetnx(keys.DEFERRED_REQUESTS, operation_id, json.dumps({"kind": kind, "request": request}))
+        pipe.zadd(keys.DEFERRED, {operation_id: at}, nx=True)
+        pipe.execute()
+
+
+def forget(operation_id: str) -> None:
+    """Do not submit it any more."""
+    _forget(shared(), operation_id)
+
+
+def submit_due(redis: Redis, limit: int) -> None:
+    """Submit what is due. An id is admitted once, so whoever dies here leaves nothing to be done twice."""
+    now = Journal(redis).now()
+    with translated():
+        due = cast("list[str]", redis.zrangebyscore(keys.DEFERRED, "-inf", now, start=0, num=limit))
+    for operation_id in due:
+        _submit(redis, operation_id)
+        _forget(redis, operation_id)
+
+
+def _submit(redis: Redis, operation_id: str) -> None:
+    with translated():
+        found = cast("str | None", redis.hget(keys.DEFERRED_REQUESTS, operation_id))
+    if found is None:
+        return
+    deferred = json.loads(found)
+    try:
+        kind = kind_of(deferred["kind"])
+        submit(kind.request.model_validate({**deferred["request"], "operation_id": operation_id}))
+    except BrokerUnavailable:
+        raise
+    except FleetError as error:
+        log.warning("a deferred request was turned away", operation=operation_id, error=str(error))
+
+
+def _forget(redis: Redis, operation_id: str) -> None:
+    with translated():
+        pipe = redis.pipeline(transaction=True)
+        pipe.zrem(keys.DEFERRED, operation_id)
+        pipe.hdel(keys.DEFERRED_REQUESTS, operation_id)
+        pipe.execute()

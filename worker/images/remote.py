@@ -1,0 +1,188 @@
+"""Files from another host: rsync over ssh, sparse, continued where it broke off, one of a few at a time per host."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from worker.context import Watcher
+from worker.errors import CommandFailed, ConnectionMisconfigured, InstanceLocked, TransferInterrupted
+from worker.images.command import Command, Progress, run
+from worker.images.files import human_size, locked, size_of
+from worker.models import Peer
+
+_SLOT_POLL = 0.5  # seconds
+_SLOWEST_READ = 16 * 1024**2  # bytes per second, of a program that tells nothing while it reads a file
+_NO_SLOT = "virtfleet: all slots for outgoing copies are taken"
+# rsync(1), EXIT VALUES, for what a broken connection looks like; 255 is ssh's own.
+_BROKEN = {10, 12, 20, 30, 35, 255}
+_REFUSED = re.compile(
+    r"Permission denied \(|Host key verification failed|No \S+ host key is known|REMOTE HOST IDENTIFICATION HAS CHANGED"
+)
+_PROGRESS = re.compile(r"^\s*([\d,]+)\s+\d+%")
+
+
+@dataclass(frozen=True)
+class Ssh:
+    """How to reach other hosts. The host's key must be known: nothing is ever accepted on first sight."""
+
+    user: str = "root"
+    port: int = 22
+    key: Path | None = None
+    known_hosts: Path | None = None
+
+    def command(self) -> str:
+        """The command that rsync starts; a connection that falls silent is given up after 15 s."""
+        options = {
+            "BatchMode": "yes",
+            "StrictHostKeyChecking": "yes",
+            "ConnectTimeout": "10",
+            "ServerAliveInterval": "5",
+            "ServerAliveCountMax": "3",
+            "Compression": "no",
+            # Hardware does AES-GCM: half the CPU of OpenSSH's default cipher, which stays allowed.
+            "Ciphers": "^aes128-gcm@openssh.com",
+        }
+        if self.key:
+            options |= {"IdentityFile": str(self.key), "IdentitiesOnly": "yes"}
+        if self.known_hosts:
+            options["UserKnownHostsFile"] = str(self.known_hosts)
+        words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+        return shlex.join(["ssh", "-l", self.user, "-p", str(self.port), *words])
+
+
+@dataclass(frozen=True)
+class Copying:
+    """How a host copies: over which link, how many at a time, bytes per second per copy, seconds it may rest."""
+
+    ssh: Ssh
+    slots: Path
+    incoming: int
+    stall: float
+    bandwidth: int | None = None
+
+
+def reach(peer: Peer, copying: Copying) -> None:
+    """Raise `ConnectionMisconfigured` or `TransferInterrupted` unless files can be had from that host."""
+    argv = ["rsync", "--list-only", "-s", "-e", copying.ssh.command(), _at(peer, peer.data_dir) + "/instances"]
+    _run(peer, Command(argv, "rsync"), Path("its data directory"), stall=copying.stall)
+
+
+def fetch(
+    peer: Peer, source: Path, target: Path, copying: Copying, watch: Watcher, *, total: int | None = None
+) -> None:
+    """Copy `source` of another host to `target`, continuing what is there; holes stay holes. Progress in bytes.
+
+    `total`: how many bytes that will be, if it is known.
+    `target` is locked while anything still writes to it, also what a killed worker left running.
+    Raises TransferInterrupted, ConnectionMisconfigured, NoSpace, Stalled, InstanceLocked, and what `watch` raises.
+    """
+    lock = target.with_name(f"{target.name}.lock")
+    with _slot(copying, watch) as slot, locked(lock, wait=20.0, watch=watch) as descriptor:
+        continues = size_of(target) > 0
+        argv = [
+            *("rsync", "--append-verify" if continues else "--sparse", "--inplace", "--protect-args"),
+            # Holes travel as zeros: compressed they cost next to nothing, and lz4 wastes little time on the rest.
+            "--compress-choice=lz4",
+            *("--info=progress2", "--outbuf=L", f"--timeout={int(copying.stall)}"),
+            *((f"--bwlimit={max(copying.bandwidth // 1024, 1)}",) if copying.bandwidth else ()),
+            *("-e", copying.ssh.command(), f"--rsync-path={_sender(peer)}"),
+            *(_at(peer, source), str(target)),
+        ]
+        command = Command(argv, "rsync", parse=_progress_of(total), output=target)
+        held = (slot, descriptor)
+        while not _copied(peer, command, source, stall=copying.stall, watch=watch, held=held):
+            watch.progress(size_of(target), None, f"waiting for a slot for outgoing copies on {peer.name}")
+            time.sleep(_SLOT_POLL)
+        if continues:
+            _dig_holes(target, copying, watch)
+
+
+def _dig_holes(target: Path, copying: Copying, watch: Watcher) -> None:
+    """Make zeros holes again: rsync cannot continue a file sparsely (3.5.0 ends with "write failed: Success")."""
+    argv = ["fallocate", "--dig-holes", str(target)]
+    run(Command(argv, "util-linux"), watch=watch, stall=max(copying.stall, size_of(target) / _SLOWEST_READ))
+
+
+def _copied(peer: Peer, command: Command, source: Path, **how: Any) -> bool:
+    """Run the copy; False when the other host has no slot for it now."""
+    try:
+        _run(peer, command, source, **how)
+    except TransferInterrupted as error:
+        if _NO_SLOT not in error.message:
+            raise
+        return False
+    return True
+
+
+def _run(
+    peer: Peer,
+    command: Command,
+    source: Path,
+    *,
+    stall: float,
+    watch: Watcher | None = None,
+    held: tuple[int, ...] = (),
+) -> None:
+    try:
+        run(command, watch=watch, stall=stall, pass_fds=held)
+    except CommandFailed as error:
+        said = str(error.details["stderr"])
+        if _REFUSED.search(said):
+            raise ConnectionMisconfigured(
+                f"host {peer.name} ({peer.address}) refuses ssh: {said.splitlines()[0]}",
+                hint="The worker's ssh key must be allowed there, and that host's key known here "
+                "(VIRTFLEET_SSH_KEY, VIRTFLEET_SSH_KNOWN_HOSTS).",
+            ) from error
+        if error.details["exit_code"] in _BROKEN:
+            arrived = human_size(size_of(command.output)) if command.output else "nothing"
+            raise TransferInterrupted(
+                f"the copy of {source} from host {peer.name} ({peer.address}) broke off after {arrived}: {said}",
+                hint="What has arrived is kept and continued.",
+            ) from error
+        raise
+
+
+def _sender(peer: Peer) -> str:
+    """rsync on the other host, holding one of its slots for outgoing copies for as long as it lives."""
+    folder = shlex.quote(str(peer.data_dir))
+    numbers = " ".join(map(str, range(peer.copies_out)))
+    take = f'for n in {numbers}; do exec 9>>{folder}/.outgoing-$n.lock; flock -n 9 && exec rsync "$@"; done'
+    return f"sh -c {shlex.quote(f'{take}; echo {shlex.quote(_NO_SLOT)} >&2; exit 75')} rsync"
+
+
+@contextmanager
+def _slot(copying: Copying, watch: Watcher) -> Iterator[int]:
+    """One of this host's slots for incoming copies, waited for as long as it takes."""
+    with ExitStack() as stack:
+        while (descriptor := _free_slot(copying, stack)) is None:
+            watch.progress(0, None, "waiting for a slot for incoming copies")
+            time.sleep(_SLOT_POLL)
+        yield descriptor
+
+
+def _free_slot(copying: Copying, stack: ExitStack) -> int | None:
+    for number in range(copying.incoming):
+        try:
+            return stack.enter_context(locked(copying.slots / f".incoming-{number}.lock"))
+        except InstanceLocked:
+            continue
+    return None
+
+
+def _progress_of(total: int | None) -> Callable[[str], Progress | None]:
+    def parse(line: str) -> Progress | None:
+        found = _PROGRESS.match(line)
+        return (int(found[1].replace(",", "")), total) if found else None
+
+    return parse
+
+
+def _at(peer: Peer, path: Path) -> str:
+    return f"{peer.address}:{path}"
