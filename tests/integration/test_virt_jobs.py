@@ -103,8 +103,9 @@ def test_a_success_of_before_is_not_taken_for_one_of_now(lab: LabHost, guest: Gu
     job = BackupJob(guest)
     job.begin(targets(lab, "before"))
     ended(job)
-    job.begin(targets(lab, "now"))
-    job.limit({"vda": SLOW, "vdb": SLOW})
+    # One disk: QEMU 7.2 may crash when a backup of several is aborted (docs/snapshots.md).
+    job.begin(targets(lab, "now")[:1])
+    job.limit({"vda": SLOW})
     with pytest.raises(JobLost):
         job.require_success()
     guest.abort_job()
