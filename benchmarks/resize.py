@@ -14,7 +14,7 @@ from celery import Celery
 from benchmarks.common import Result, interleaved, milliseconds, report
 from tests.lab import Fleet, guest_image, lab_folder
 
-ROUNDS = 7
+ROUNDS = 5
 TARGET = 1.25
 READY = {"wait_for": "console", "console_line": "virtfleet-guest ready"}
 
