@@ -25,7 +25,7 @@ from worker.images.files import available_space, human_size
 from worker.models import DiskFormat, GuestDisk, SnapshotSpec, Taken, TakenDisk
 from worker.virt.jobs import NEEDS_BACKUP, BackupJob, BlockTarget, JobProgress, MirrorJob
 
-POLL = 0.1
+POLL = 0.04
 """Seconds between two looks at a job (a look costs 0.5 ms)."""
 
 
