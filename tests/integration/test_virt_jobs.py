@@ -18,8 +18,8 @@ from worker.virt.guest import Guest
 from worker.virt.host import Host
 from worker.virt.jobs import BackupJob, BlockTarget, MirrorJob
 
-SIZE = 32 * MIB
-SLOW = 4 * MIB  # bytes per second
+SIZE = 256 * MIB
+SLOW = 64 * MIB  # bytes per second: slow enough to be met while it runs
 
 
 @pytest.fixture(scope="module")
