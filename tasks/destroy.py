@@ -8,6 +8,7 @@ from worker.engine.kinds import Operation
 from worker.engine.operation import operation
 from worker.engine.registry import Registry
 from worker.engine.requests import ExistingInstance, Target, require_settled
+from worker.errors import InvalidSpec
 from worker.models import Name
 
 
@@ -24,6 +25,14 @@ class DestroyRequest(ExistingInstance):
     def target(self, fleet: Registry, operation_id: str) -> Target:
         """The instance where it is known to be, or to have been: destroying twice is no mistake."""
         known = fleet.find(self.instance)
+        if known and self.host and known.host != self.host:
+            raise InvalidSpec(
+                f"host: instance {self.instance!r} is on host {known.host}; allowed: {known.host}, or none "
+                f"(given: {self.host!r})",
+                field="host",
+                given=self.host,
+                allowed=known.host,
+            )
         if known is not None:
             require_settled(known)
         if known is None and self.host:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,7 @@ def settings(**changed: object) -> Iterator[None]:
         try:
             yield
         finally:
+            gc.collect()  # results that are forgotten unsubscribe from their Redis, and must find it there
             _point_celery_at(*before)
     get_settings.cache_clear()
 

@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from tasks.hosts import ask_to_sync
-from worker.engine.connection import shared
+from worker.engine.connection import be_brief, shared
 from worker.engine.intervention import cancel, retry_undo
 from worker.engine.journal import Journal
 from worker.engine.operation import submit
@@ -42,6 +42,7 @@ class Fleet:
 
     def __init__(self) -> None:
         _log_through_logging()
+        be_brief()
         self.journal = Journal(shared())
         self.registry = Registry(shared())
 

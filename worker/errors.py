@@ -274,6 +274,13 @@ class SnapshotDamaged(Permanent):
     default_hint = "Look at the host's storage and log, and take it again."
 
 
+class GuestHung(Permanent):
+    """QEMU does not answer libvirt: what was asked of the guest may or may not happen."""
+
+    code = "guest_hung"
+    default_hint = "Take its power away: virtfleet power off NAME --timeout 0"
+
+
 class DomainRejected(Permanent):
     """libvirt or QEMU refused the domain's definition or could not start it."""
 

@@ -32,8 +32,8 @@ DISCREET_FIELDS = frozenset({"user_data", "network_config"})
 """What is passed to the guest often holds passwords: shown in no message and no record."""
 
 NAME_RULE = "1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit"
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-_NETWORK = re.compile(r"^(none|(bridge|network):[A-Za-z0-9][A-Za-z0-9._-]{0,62})$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_NETWORK = re.compile(r"none|(bridge|network):[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 class Frozen(BaseModel):
@@ -44,7 +44,7 @@ class Frozen(BaseModel):
 
 def is_name(value: str) -> bool:
     """Whether hosts and instances may be called that."""
-    return bool(_NAME.match(value))
+    return bool(_NAME.fullmatch(value))
 
 
 def _checked_name(value: str) -> str:
@@ -54,13 +54,13 @@ def _checked_name(value: str) -> str:
 
 
 def _checked_sha256(value: str) -> str:
-    if not re.match(r"^[0-9a-fA-F]{64}$", value):
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", value):
         raise ValueError("allowed: 64 hexadecimal digits")
     return value.lower()
 
 
 def _checked_network(value: str) -> str:
-    if not _NETWORK.match(value):
+    if not _NETWORK.fullmatch(value):
         raise ValueError("allowed: none, bridge:NAME or network:NAME")
     return value
 
@@ -92,10 +92,13 @@ def explain(error: ValidationError) -> InvalidSpec:
     """Say in plain words which fields are wrong, what was given and what is allowed."""
     found = []
     for one in error.errors(include_url=False, include_context=False)[:MAX_EXPLAINED]:
-        field = ".".join(str(part) for part in one["loc"]) or "request"
+        field = ".".join(str(part) for part in one["loc"])
         unknown = one["type"] == "extra_forbidden"
         allowed = "there is no such field" if unknown else _rule(one["msg"])
-        given = "not shown" if field in DISCREET_FIELDS else _short(one["input"])
+        # A rule about several fields has the whole request as its input, secrets and all; it names its field itself.
+        given = "not shown" if field in DISCREET_FIELDS or not field else _short(one["input"])
+        if not field:
+            field, _, allowed = allowed.partition(": ")
         found.append({"field": _printable(field), "given": given, "allowed": allowed})
     missing = "Field required"
     lines = [

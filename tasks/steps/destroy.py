@@ -33,7 +33,6 @@ def destroy_instance(ctx: StepContext, request: DestroyRequest) -> Destroyed:
     if uuid is None:
         return Destroyed(domain=False, files=False, note=f"host {ctx.host} has no domain {ctx.instance!r}")
     instance = LocalInstance(local, ctx.instance, uuid)
-    domain = provision.remove_domain(instance, ctx, foreign=request.foreign)
-    files = provision.remove_files(instance, ctx)
+    domain, files = provision.destroy(instance, ctx, foreign=request.foreign)
     patiently(ctx.registry.forget, ctx.instance, uuid, destroyed_by=ctx.operation, host=ctx.host)
     return Destroyed(domain=domain, files=files, note="destroyed" if domain or files else "already gone")

@@ -46,7 +46,8 @@ class Events:
 
     def lines(self, what: str | None = None, step: str | None = None) -> list[dict[str, Any]]:
         text = self.path.read_text() if self.path.exists() else ""
-        lines = [json.loads(line) for line in text.splitlines()]
+        whole = text[: text.rfind("\n") + 1]  # a line that is being written may be seen in part
+        lines = [json.loads(line) for line in whole.splitlines()]
         return [one for one in lines if what in (None, one["what"]) and step in (None, one["step"])]
 
     def begun(self) -> list[str]:

@@ -286,8 +286,9 @@ def test_every_message_delivered_twice_has_its_effect_once(events: Events) -> No
     with lab_folder() as folder, EngineFleet(folder, "twice") as fleet, fleet.in_use():
         with Celery("scheduler", broker=fleet.redis.url, backend=fleet.redis.url, set_as_current=False) as scheduler:
             fields = {"log": str(events.path), "name": "chain", "operation_id": "chain", "seconds": 0.3}
-            answers = [send(scheduler, "test.chain", **fields) for _ in range(2)]
-            assert [answer.get(timeout=PATIENCE)["state"] for answer in answers] == ["succeeded"] * 2
+            for answer in (send(scheduler, "test.chain", **fields), send(scheduler, "test.chain", **fields)):
+                assert answer.get(timeout=PATIENCE)["state"] == "succeeded"
+            del answer
         assert events.begun() == ["before", "test.copy", "after"]
 
         grouped = Events(events.path.with_name("group"))

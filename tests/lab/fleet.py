@@ -102,6 +102,9 @@ class Fleet:
     def _ready(self) -> bool:
         for worker in self._workers.values():
             worker.require_alive()
+        alive = self.redis.client().keys("virtfleet:alive:*")  # cheaper than a command that cannot say yes yet
+        if len(alive) < len(self._workers):
+            return False
         listing = self.cli("hosts", "--json")
         self._listing_log.write_text(listing.stdout + listing.stderr)
         return listing.returncode == 0 and serves(json.loads(listing.stdout), self.hosts)

@@ -9,6 +9,7 @@ import typer
 from worker.cli import output
 from worker.cli.options import AsJson
 from worker.client import Fleet
+from worker.errors import BrokerUnavailable, FleetError
 from worker.models import Instance
 
 hosts_app = typer.Typer(invoke_without_command=True, help="List hosts, or rebuild what is known of them.")
@@ -69,16 +70,39 @@ def _host(fleet: Fleet, name: str, record: dict[str, Any]) -> dict[str, Any]:
 
 @hosts_app.command()
 def sync(
-    host: Annotated[str | None, typer.Argument(help="One host. Default: all.")] = None, as_json: AsJson = False
+    ctx: typer.Context,
+    host: Annotated[str | None, typer.Argument(help="One host. Default: all.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Rebuild the list of instances from what is really on the hosts."""
+    as_json = as_json or bool(ctx.parent and ctx.parent.params["as_json"])
     with output.errors_told(as_json=as_json):
         fleet = Fleet()
         names = [host] if host else [record.name for record in fleet.registry.hosts()]
-        found = [fleet.sync(name) for name in names]
+        found = [_synced(fleet, name) for name in names]
         if as_json:
             output.print_json({"hosts": found})
-            return
-        for one in found:
-            listed = ", ".join(instance["name"] for instance in one["instances"]) or "no instances"
-            output.console.print(f"{one['host']}: {listed}")
+        else:
+            _show_synced(found)
+        errors = [one["error"] for one in found if "error" in one]
+        if errors:
+            raise typer.Exit(output.exit_code(errors[0]))
+
+
+def _synced(fleet: Fleet, host: str) -> dict[str, Any]:
+    """What was found on a host; or why nothing was, which must not keep the others from being looked at."""
+    try:
+        return fleet.sync(host)
+    except BrokerUnavailable:
+        raise
+    except FleetError as error:
+        return {"host": host, "error": error.as_dict()}
+
+
+def _show_synced(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        if "error" in one:
+            output.tell(one["error"], as_json=False)
+            continue
+        listed = ", ".join(instance["name"] for instance in one["instances"]) or "no instances"
+        output.console.print(f"{one['host']}: {listed}")

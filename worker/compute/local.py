@@ -66,6 +66,7 @@ class LocalInstance:
         folder = self.folder.create()
         with locked(folder.lock, operation=ctx.operation, wait=LOCK_WAIT, watch=ctx):
             try:
+                ctx.check()  # waiting for the lock, or for the processor, may have taken longer than the lease
                 yield folder
             finally:
                 self._leave_no_empty_folder()

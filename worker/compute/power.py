@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from worker.compute.local import LocalInstance, require_ours
 from worker.context import Context
-from worker.errors import Cancelled, InvalidState
+from worker.errors import Cancelled, GuestHung, InvalidState
 from worker.models import Frozen, PowerState
 from worker.virt.guest import Guest
 
@@ -165,8 +165,12 @@ def _ask_down(guest: Guest, patience: Patience, ctx: Context) -> str:
         if guest.power() in OFF:
             return f"shut down by itself after {elapsed:.1f} s"
         if elapsed >= asked * patience.retry_interval:
-            guest.shutdown()  # a guest that is still booting ignores the first request
             asked += 1
+            try:
+                guest.shutdown()  # a guest that is still booting ignores the first request
+            except GuestHung:
+                guest.destroy()
+                return "QEMU did not answer: powered off by force"
         time.sleep(POLL)
     guest.destroy()
     return f"did not shut down within {patience.timeout:.0f} s (asked {asked} times): powered off by force"

@@ -39,6 +39,9 @@ from worker.virt.host import Host
 METADATA_BYTES = 16 * MIB
 """What an overlay, a seed and a definition take at the most before the guest writes anything."""
 
+DISK_MODE = 0o600
+"""What is on a guest's disk is nobody else's business; libvirt hands the file to QEMU's user while it is in use."""
+
 POLL = 0.2
 """Seconds between two looks at a guest that is coming up (a look costs 0.5 ms)."""
 
@@ -48,19 +51,35 @@ def check_request(instance: LocalInstance, spec: InstanceSpec) -> None:
 
     Raises `NetworkNotFound`, `InstanceExists`, `UnsupportedByHost`, `HostUnreachable`.
     """
-    local, name = instance.local, instance.name
+    local = instance.local
     with local.libvirt() as host:
         for network in spec.networks:
             host.check_network(network)
-        same_name = host.find(name)
-        if same_name is not None and str(same_name.uuid) != instance.uuid:
-            raise InstanceExists(
-                f"name: host {local.name} has a domain {name!r} already (uuid {same_name.uuid})",
-                field="name",
-                given=name,
-            )
+        require_free(instance, host)
+        if instance.folder.spec.exists():
+            raise _taken(instance, f"files of an instance in {instance.folder.path}")
         if spec.firmware == "efi":
             _require_efi(local, host, spec)
+
+
+def require_free(instance: LocalInstance, host: Host) -> None:
+    """Raise `InstanceExists` for a domain of this name or id, before anything is made.
+
+    Even one of this very id is not of this run: a spawn that is asked for again after its record is gone must not
+    come to undo the guest that it made the first time.
+    """
+    there = host.find(instance.name) or host.find_uuid(instance.uuid)
+    if there is not None:
+        raise _taken(instance, f"a domain {there.name!r} (uuid {there.uuid})")
+
+
+def _taken(instance: LocalInstance, what: str) -> InstanceExists:
+    return InstanceExists(
+        f"name: host {instance.local.name} has {what} already",
+        field="name",
+        given=instance.name,
+        allowed="a name and an operation id that are free",
+    )
 
 
 def _require_efi(local: LocalHost, host: Host, spec: InstanceSpec) -> None:
@@ -100,7 +119,7 @@ def create_disks(instance: LocalInstance, spec: InstanceSpec, base: BaseImage, c
     """
     local, size = instance.local, _root_size(spec, base)
     kind = spec.root_disk or local.settings.root_disk
-    needed = METADATA_BYTES + (0 if kind == "overlay" else _copy_bytes(base, kind))
+    needed = METADATA_BYTES + (0 if kind == "overlay" else _copy_bytes(base))
     promised = Ledger(local.data.create().root).outstanding(besides=ctx.operation)
     require_space(local.data.root, needed, local.settings.reserve_bytes + promised)
     ctx.undo("remove_files", uuid=instance.uuid)
@@ -129,9 +148,9 @@ def _root_size(spec: InstanceSpec, base: BaseImage) -> int:
     return size
 
 
-def _copy_bytes(base: BaseImage, kind: RootDisk) -> int:
-    # A raw copy is sparse: it takes what the image holds, not what it declares (measure would say the latter).
-    return base.actual_size if kind == "raw" else qemu_img.measure(base.path, base.format, "qcow2")
+def _copy_bytes(base: BaseImage) -> int:
+    # A raw copy is sparse: it takes what the image holds once unpacked, as a qcow2 would, not what it declares.
+    return qemu_img.measure(base.path, base.format, "qcow2")
 
 
 def _root_disk(instance: LocalInstance, base: BaseImage, size: int, kind: RootDisk, ctx: Context) -> Disk:
@@ -148,6 +167,7 @@ def _root_disk(instance: LocalInstance, base: BaseImage, size: int, kind: RootDi
             stall = instance.local.settings.stall_timeout
             qemu_img.convert(base.path, base.format, unfinished, form, watch=ctx, stall=stall)
             qemu_img.resize(unfinished, form, size)
+        unfinished.chmod(DISK_MODE)
         publish(unfinished, path)
     return Disk(role="root", target=disk_target(0), path=path, format=form, virtual_size=size, backing=backing)
 
@@ -159,6 +179,7 @@ def ephemeral_disk(folder: InstanceDir, index: int, size: int, target: str) -> D
         unfinished = path.with_name(f".{path.name}.tmp")
         unfinished.unlink(missing_ok=True)
         qemu_img.create(unfinished, "qcow2", size)
+        unfinished.chmod(DISK_MODE)
         publish(unfinished, path)
     return plain_disk("ephemeral", target, path, "qcow2", size)
 
@@ -296,6 +317,25 @@ def remove_domain(instance: LocalInstance, ctx: Context, *, foreign: bool = Fals
         guest.destroy()
         guest.undefine()
         return True
+
+
+def destroy(instance: LocalInstance, ctx: Context, *, foreign: bool = False) -> tuple[bool, bool]:
+    """Remove domain and files for good; whether there was a domain, and whether there were files.
+
+    The definition goes last: as long as it is there, whoever tries again finds what is left by its name.
+    Raises `NotOurs` for a domain without the fleet's mark, `FencedOff`.
+    """
+    with instance.owned(ctx) as folder, instance.local.libvirt() as host:
+        guest = host.find_uuid(instance.uuid)
+        if guest is not None:
+            require_ours(guest, foreign=foreign)
+            guest.check_fence(instance.owner(ctx))
+            guest.destroy()
+        files = any(entry != folder.lock for entry in folder.path.iterdir())
+        remove_tree(folder.path, instance.local.data.instances)
+        if guest is not None:
+            guest.undefine()
+        return guest is not None, files
 
 
 def uuid_of(local: LocalHost, name: str) -> str | None:

@@ -35,6 +35,9 @@ def advance(operation_id: str, *, prompt: bool = False) -> Decision | None:
     if record is None:
         book.forget_attention(operation_id)
         return None
+    if record.state is State.WAITING:
+        book.release(record.instance)  # where the owner it waits for has ended without a word
+        record = book.find(operation_id) or record
     executing = [step for step in (*record.steps.values(), *record.undo_steps) if step.state is StepState.RUNNING]
     decision = decide(record, book.leases(record, executing), _clock(book), prompt=prompt)
     match decision:

@@ -24,6 +24,9 @@ Outcome = Literal["done", "retry", "failed"]
 Kept = Literal["held", "stop", "leave", "lost", "gone"]
 Committed = Literal["ok", "refused", "gone"]
 
+TRIM_BATCH = 500
+"""Ids that one `trim` looks at: it runs within the reaper's tick."""
+
 _OPERATION_PREFIX = keys.operation("")
 
 
@@ -58,6 +61,7 @@ class Journal:
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
         self._scripts: dict[str, Callable[..., Any]] = {}
+        self._trimmed_to = 0
 
     def _run(self, script: str, script_keys: Iterable[str], *args: Any) -> Any:
         if script not in self._scripts:
@@ -348,11 +352,16 @@ class Journal:
         """Take the ids of records that have expired out of the listing; how many there were."""
         before = self.now() - get_settings().keep_records
         with translated():
-            ids = cast("list[str]", self.redis.zrangebyscore(keys.OPERATIONS, "-inf", before))
+            ids = cast(
+                "list[str]",
+                self.redis.zrangebyscore(keys.OPERATIONS, "-inf", before, start=self._trimmed_to, num=TRIM_BATCH),
+            )
             pipe = self.redis.pipeline(transaction=False)
             for operation_id in ids:
                 pipe.exists(keys.operation(operation_id))
             gone = [one for one, there in zip(ids, pipe.execute(), strict=True) if not there]
+            # Records that are kept (stuck ones) must not be read again and again: go on behind them next time.
+            self._trimmed_to = self._trimmed_to + len(ids) - len(gone) if len(ids) == TRIM_BATCH else 0
             return int(self.redis.zrem(keys.OPERATIONS, *gone)) if gone else 0
 
     # --- those who wait for the end ------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import TracebackType
 
 import structlog
@@ -34,6 +35,7 @@ class LeaseKeeper:
         self.silent = False
         """Whether Redis did not answer the last renewal."""
         self._stop: FleetError | None = None
+        self._heard_at = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"lease {lease.step}", daemon=True)
 
@@ -51,8 +53,17 @@ class LeaseKeeper:
 
     def check(self) -> None:
         """Raise `Cancelled` or `FencedOff` when the step must stop."""
+        if not self._stop and not self.silent and time.monotonic() - self._heard_at > get_settings().lease_ttl / 2:
+            self._ask_again()
         if self._stop:
             raise self._stop
+
+    def _ask_again(self) -> None:
+        """This process stood still, and its lease may be another's by now: ask before anything is changed."""
+        try:
+            self._renew()
+        except BrokerUnavailable:
+            self.silent = True
 
     def remember_undo(self, entry: str) -> None:
         """Keep in mind what the journal was told, in case Redis forgets it."""
@@ -98,6 +109,7 @@ class LeaseKeeper:
 
     def _renew(self) -> None:
         kept, cancel = self.journal.renew(self.lease)
+        self._heard_at = time.monotonic()
         if kept == "gone":
             self.restore()
         elif kept == "lost":

@@ -95,7 +95,14 @@ def _admit(kind: Kind[Any], request: Request, operation_id: str) -> Record:
         return _attach(book.read(operation_id), kind, asked)
     log.info("admitted", operation=operation_id, kind=kind.name, instance=target.instance, host=target.host)
     see_to(operation_id)
-    return book.read(operation_id)
+    try:
+        return book.read(operation_id)
+    except BrokerUnavailable as error:
+        raise BrokerUnavailable(
+            f"operation {operation_id} was accepted, but then Redis went silent: {error.message}",
+            hint=f"It goes on by itself. Follow it: virtfleet watch {operation_id}",
+            operation=operation_id,
+        ) from error
 
 
 def _attach(known: Record, kind: Kind[Any], asked: dict[str, Any]) -> Record:
@@ -128,7 +135,9 @@ def _named(asked: dict[str, Any]) -> Target:
 def _admit_by_name(kind: Kind[Any], task: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Body of the task a scheduler sends: answers with the final record, now or when the operation ends."""
     given = arguments.get("operation_id")
-    operation_id = given if isinstance(given, str) and given else new_id()
+    # Celery may deliver a message twice: a task without an id of the caller's gets one that is always the same.
+    own_id = f"op-{hashlib.sha256(task.request.id.encode()).hexdigest()[:12]}"
+    operation_id = given if isinstance(given, str) and given else own_id
     try:
         request = _validated(kind, arguments, operation_id)
         # The message is gone from its queue: Redis being away is no reason to turn the request away.

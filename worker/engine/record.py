@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -184,7 +185,10 @@ class Record:
 def _discreet(request: dict[str, Any]) -> dict[str, Any]:
     """What is passed to the guest often holds passwords; who reads records need not read those."""
     hidden = {name: str(request[name]).encode(errors="replace") for name in DISCREET_FIELDS if request.get(name)}
-    return {**request, **{name: f"<{len(value)} bytes>" for name, value in hidden.items()}}
+    shown = {**request, **{name: f"<{len(value)} bytes>" for name, value in hidden.items()}}
+    if isinstance(shown.get("image"), str):
+        shown["image"] = re.sub(r"//[^/@]*@", "//", shown["image"])  # a login in an address
+    return shown
 
 
 def parse(operation_id: str, fields: dict[str, str], undo: list[str]) -> Record:

@@ -19,7 +19,7 @@ Redis has forgotten everything in between."""
 
 
 def _checked_id(value: str) -> str:
-    if not re.match(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", value):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
         raise ValueError("allowed: 1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit")
     return value
 
@@ -75,11 +75,12 @@ class NewInstance(Request):
         """The host must be known and the name free."""
         fleet.require_host(self.host)
         taken = fleet.find(self.name)
-        if taken and taken.operation != operation_id:
+        if taken:
             raise InstanceExists(
                 f"name: {self.name!r} is taken by instance {taken.uuid} on host {taken.host}",
                 field="name",
                 given=self.name,
+                allowed="a name that is free",
             )
         return Target(self.name, str(uuid5(NAMESPACE, operation_id)), self.host)
 

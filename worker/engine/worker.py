@@ -47,6 +47,8 @@ class Heartbeat(threading.Thread):
                     self._beat(host, since)
             except BrokerUnavailable as error:
                 log.warning("no heartbeat: Redis is away", error=str(error))
+            except Exception:
+                log.exception("a heartbeat failed")
             if self._ended.wait(get_settings().heartbeat_interval):
                 return
 

@@ -59,8 +59,8 @@ def write_text_durably(path: Path, text: str, mode: int = 0o644) -> None:
 
 
 def replace_json(path: Path, content: Any) -> None:
-    """Replace a small JSON file as a whole. Raises NoSpace."""
-    write_text_durably(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    """Replace a small JSON file as a whole; for our eyes only, as specs hold user-data. Raises NoSpace."""
+    write_text_durably(path, json.dumps(content, indent=1, sort_keys=True) + "\n", mode=0o600)
 
 
 @contextlib.contextmanager
@@ -146,8 +146,9 @@ def locked(path: Path, *, operation: str = "", wait: float = 0.0, watch: Watcher
     descriptor = _acquire(path, time.monotonic() + wait, watch or Alone())
     try:
         holder = json.dumps({"pid": os.getpid(), "operation": operation})
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.encode(), 0)
+        with contextlib.suppress(OSError):  # only for messages: a full disk must not keep anybody from undoing
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder.encode(), 0)
         yield descriptor
     finally:
         # Not LOCK_UN: that would take the lock from a child that inherited it.

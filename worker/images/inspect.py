@@ -153,9 +153,11 @@ class _Inspection:
 
     def _reject(self, found: str, *, allowed: str = ALLOWED, hint: str = "") -> NoReturn:
         raise ImageRejected(
-            f"{self.source} is refused: found {found}; allowed: {allowed}.",
+            f"image: {self.source} is refused: found {found}; allowed: {allowed}.",
             hint=hint,
             source=self.source,
+            field="image",
+            given=self.source,
             found=found,
             allowed=allowed,
         )

@@ -70,7 +70,10 @@ class LocalFile(Source):
     def __init__(self, image: str, roots: Sequence[Path]) -> None:
         super().__init__(image, image)
         self._roots = [root.resolve() for root in roots]
-        self.path = Path(image).resolve()
+        try:
+            self.path = Path(image).resolve()
+        except (OSError, RuntimeError) as error:  # RuntimeError: symbolic links in a circle
+            raise self._unreadable(error) from error
         if not self._is_allowed(self.path):
             raise self._forbidden(self.path)
 
@@ -136,8 +139,15 @@ class LocalFile(Source):
             allowed=[str(root) for root in self._roots],
         )
 
-    def _unreadable(self, error: OSError) -> ImageNotFound:
-        return ImageNotFound(f"The image {self.name} cannot be read: {error.strerror}.", source=self.name)
+    def _unreadable(self, error: OSError | RuntimeError) -> ImageNotFound:
+        why = error.strerror if isinstance(error, OSError) else "its links lead in a circle"
+        return ImageNotFound(
+            f"image: {self.name} cannot be read: {why}; allowed: a file that is there, or an http(s) address",
+            source=self.name,
+            field="image",
+            given=self.name,
+            allowed="a file that is there, or an http(s) address",
+        )
 
 
 class WebAddress(Source):

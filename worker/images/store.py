@@ -198,10 +198,12 @@ def _read(path: Path, model: type[Model]) -> Model | None:
 def _require_digest(source: Source, wanted: str | None, found: str) -> None:
     if wanted is not None and wanted != found:
         raise ChecksumMismatch(
-            f"{source.name} has the sha256 {found}, but {wanted} was given.",
+            f"sha256: {source.name} has {found}, but {wanted} was given; allowed: the sum of what is there",
             hint="Check the sum its publisher gives; if the image has been replaced there, give the new sum.",
             source=source.name,
+            field="sha256",
             given=wanted,
+            allowed=found,
             found=found,
         )
 

@@ -168,7 +168,11 @@ class Host:
     def _network_not_found(self, what: str, kind: str, known: Iterable[str]) -> NetworkNotFound:
         there_is = ", ".join(sorted(known)) or "none"
         return NetworkNotFound(
-            f"host {self.name} has no {what}; its {kind}: {there_is}", host=self.name, known=sorted(known)
+            f"networks: host {self.name} has no {what}; its {kind}: {there_is}",
+            host=self.name,
+            field="networks",
+            given=what,
+            allowed=sorted(known),
         )
 
     def _interfaces(self) -> set[str]:

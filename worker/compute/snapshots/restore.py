@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worker.compute.local import LocalHost, LocalInstance
+from worker.compute.provision import DISK_MODE, require_free
 from worker.compute.snapshots.share import shares
 from worker.context import Context, Watcher
 from worker.errors import InvalidSpec
@@ -35,6 +36,8 @@ def restore_disks(instance: LocalInstance, snapshot: str, ctx: Context) -> DiskS
     Raises SnapshotNotFound, InvalidSpec when it holds no root disk, NoSpace.
     """
     local = instance.local
+    with local.libvirt() as host:
+        require_free(instance, host)
     spec = spec_from(local, snapshot)
     found = snapshots.require(local.data, snapshot)
     snapshots.root_disk(found)
@@ -70,6 +73,7 @@ class _Copy:
             source = data.snapshot(self.snapshot.id).path / disk.file
             stall = self.instance.local.settings.stall_timeout
             qemu_img.convert(source, disk.format, unfinished, disk.format, watch=self.watch, stall=stall)
+            unfinished.chmod(DISK_MODE)
             publish(unfinished, self.path, self.watch)
         fields = {"role": disk.role, "target": disk.target, "path": self.path, "format": disk.format}
         return Disk.model_validate({**fields, "virtual_size": disk.virtual_size})
