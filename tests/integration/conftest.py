@@ -116,7 +116,7 @@ class EngineFleet:
             if not worker.alive:
                 worker.start()
         for kind, worker in self.workers.items():
-            wait_until(partial(self._serves, kind), 60, f"the {kind} worker serves", worker.log)
+            wait_until(partial(self._serves, kind), PATIENCE, f"the {kind} worker serves", worker.log)
 
     def _serves(self, kind: WorkerKind) -> bool:
         self.workers[kind].require_alive()
