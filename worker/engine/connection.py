@@ -38,6 +38,9 @@ REFUSALS = ("MISCONF", "BUSY", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "TRYAG
 somebody's script runs too long, a replica or its master is missing, the database of our URL does not exist."""
 
 
+BRIEF = 1.5
+"""Seconds a client waits for a silent Redis; a worker can wait longer."""
+
 _timeout = 5.0
 
 
@@ -59,8 +62,11 @@ def connect(url: str) -> Redis:
 def be_brief() -> None:
     """Give a silent Redis up sooner in this process: a person or a scheduler waits for the answer."""
     global _timeout  # noqa: PLW0603 - one setting of the whole process
-    _timeout = 1.5
+    if _timeout == BRIEF:
+        return
+    shared().close()
     _of_process.cache_clear()
+    _timeout = BRIEF
     app.conf.broker_transport_options |= {"socket_timeout": _timeout, "socket_connect_timeout": _timeout}
     app.conf.task_publish_retry = False
 
