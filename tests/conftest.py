@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 
 import hypothesis
 import pytest
+from kombu import pools
 
 from tests.lab.process import lab_folder
 from tests.lab.redis import Redis
@@ -34,7 +34,6 @@ def settings(**changed: object) -> Iterator[None]:
         try:
             yield
         finally:
-            gc.collect()  # results that are forgotten unsubscribe from their Redis, and must find it there
             _point_celery_at(*before)
     get_settings.cache_clear()
 
@@ -54,8 +53,13 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _point_celery_at(broker: str, backend: str) -> None:
+    """Celery has no public way to be pointed elsewhere: its connections are closed here, and opened anew on demand."""
+    former = app.backend
+    former.result_consumer.stop()
+    former.result_consumer.subscribed_to.clear()  # results that go later have nothing to unsubscribe from
+    former.client.close()
+    pools.reset()
     app.conf.update(broker_url=broker, result_backend=backend)
-    # Celery has no public way to let go of its connections: these lead to the former Redis.
     app._after_fork()  # type: ignore[attr-defined]
     app._backend_cache = None  # type: ignore[attr-defined]
     app._local = threading.local()  # type: ignore[attr-defined]  # where a backend that is not thread-safe is kept

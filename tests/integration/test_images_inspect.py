@@ -205,7 +205,7 @@ def test_dangerous_or_useless_file_is_refused(tmp_path: Path, make: Callable[[Pa
     with pytest.raises(ImageRejected) as caught:
         inspect(tmp_path / "image", max_virtual_bytes=2048 * GIB, source="https://example.org/image")
     assert found in caught.value.details["found"]
-    assert caught.value.message.startswith("https://example.org/image is refused: found ")
+    assert caught.value.message.startswith("image: https://example.org/image is refused: found ")
     assert "; allowed: " in caught.value.message
 
 

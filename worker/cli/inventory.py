@@ -78,8 +78,7 @@ def sync(
     as_json = as_json or bool(ctx.parent and ctx.parent.params["as_json"])
     with output.errors_told(as_json=as_json):
         fleet = Fleet()
-        names = [host] if host else [record.name for record in fleet.registry.hosts()]
-        found = [_synced(fleet, name) for name in names]
+        found = [fleet.sync(host)] if host else [_synced(fleet, record.name) for record in fleet.registry.hosts()]
         if as_json:
             output.print_json({"hosts": found})
         else:
