@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import hypothesis
 import pytest
@@ -54,7 +55,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _point_celery_at(broker: str, backend: str) -> None:
     """Celery has no public way to be pointed elsewhere: its connections are closed here, and opened anew on demand."""
-    former = app.backend
+    former: Any = app.backend
     former.result_consumer.stop()
     former.result_consumer.subscribed_to.clear()  # results that go later have nothing to unsubscribe from
     former.client.close()
