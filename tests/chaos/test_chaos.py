@@ -46,6 +46,14 @@ CHOSEN = [
     ("resize", "cancel", "redefine", 0.5),
     ("resize", "SIGKILL control worker", "finish_resize", 0.5),
     ("resize", "FLUSHALL", "shut_down", 0.5),
+    ("resize", "SIGKILL pool child", "plan_resize", 0.3),
+    ("snapshot by backup", "SIGKILL disk worker", "reserve_space", 0.3),
+    ("snapshot by backup", "SIGKILL pool child", "live_snapshot", 0.3),
+    ("snapshot by backup", "FLUSHALL", "extract_snapshot", 0.3),
+    ("snapshot by backup", "SIGKILL disk worker", "publish_snapshot", 0.3),
+    ("snapshot cold", "SIGKILL control worker", "note_power", 0.3),
+    ("snapshot cold", "SIGKILL control worker", "managed_save", 0.3),
+    ("snapshot cold", "SIGKILL control worker", "restore_power", 0.3),
     ("destroy", "SIGKILL control worker", "destroy_instance", 0.5),
 ]
 
