@@ -129,10 +129,10 @@ class Journal:
         return parse(operation_id, fields, undo) if fields else None
 
     def state(self, operation_id: str) -> State | None:
-        """Where an operation is, if there is one."""
+        """Where an operation is, if there is one; what was turned away at admission, and so has no plan, is none."""
         with translated():
-            state = cast("str | None", self.redis.hget(keys.operation(operation_id), "state"))
-        return State(state) if state else None
+            state, plan = cast("list[str | None]", self.redis.hmget(keys.operation(operation_id), ["state", "plan"]))
+        return State(state) if state and plan else None
 
     def dump(self, operation_id: str) -> tuple[dict[str, str], list[str]]:
         """An operation's fields and undo entries as Redis holds them, of one instant."""

@@ -15,7 +15,7 @@ ATTENTION = f"{PREFIX}:attention"
 operation sets it, so a look costs nothing for operations that go well, however many there are."""
 
 FENCE = f"{PREFIX}:fence"
-"""STRING, kept: the last fence handed out; never below Redis' clock in ms, so it grows even after FLUSHALL."""
+"""STRING, kept: the last fence handed out; never below Redis' clock in µs, so it grows even after FLUSHALL."""
 
 REAPER = f"{PREFIX}:reaper"
 """STRING, expires: name of the worker whose reaper leads. Written and renewed by that reaper."""

@@ -47,7 +47,7 @@ if not is_its_turn() then return { 'early' } end
 -- A message that lingered from before a retry was put off must not run ahead of its time.
 if step == 'retry' and tonumber(redis.call('HGET', KEYS[1], field .. 'due')) > now + 0.05 then return { 'early' } end
 
-local fence = math.max(tonumber(redis.call('GET', KEYS[4]) or '0') + 1, math.floor(now * 1000))
+local fence = math.max(tonumber(redis.call('GET', KEYS[4]) or '0') + 1, tonumber(time[1]) * 1000000 + tonumber(time[2]))
 fence = string.format('%.0f', fence)
 redis.call('SET', KEYS[4], fence)
 redis.call('SET', KEYS[2], ARGV[4], 'PX', ARGV[5])

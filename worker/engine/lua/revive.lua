@@ -2,11 +2,10 @@
 -- KEYS: 1 operation, 2 claim, 3 undo, 4 ATTENTION, 5 OPERATIONS, 6 FENCE
 -- ARGV: 1 id, 2 highest fence it knew, 3 submitted_at, 4 number of undo entries, entries.., field, value, ...
 -- Returns '1' when it was put back
--- Somebody who asked again in the meantime may have been turned away: that record stands for nothing.
-local state = redis.call('HGET', KEYS[1], 'state')
-if state and state ~= 'rejected' then return '' end
+-- Somebody who asked again in the meantime may have been turned away at admission: that record has no plan, and stands
+-- for nothing.
+if redis.call('HEXISTS', KEYS[1], 'plan') == 1 then return '' end
 redis.call('DEL', KEYS[1])
-redis.call('PERSIST', KEYS[1])
 local entries = tonumber(ARGV[4])
 for i = 5 + entries, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 redis.call('DEL', KEYS[3])
