@@ -10,7 +10,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from kombu import pools
+from kombu import Connection, pools
 
 from tests.lab.process import lab_folder
 from tests.lab.redis import Redis
@@ -59,11 +59,19 @@ def _point_celery_at(broker: str, backend: str) -> None:
     former.result_consumer.stop()
     former.result_consumer.subscribed_to.clear()  # results that go later have nothing to unsubscribe from
     former.client.close()
-    pools.reset()
+    _close_pools_of(app.connection_for_write())
     app.conf.update(broker_url=broker, result_backend=backend)
     app._after_fork()  # type: ignore[attr-defined]
     app._backend_cache = None  # type: ignore[attr-defined]
     app._local = threading.local()  # type: ignore[attr-defined]  # where a backend that is not thread-safe is kept
+
+
+def _close_pools_of(connection: Connection) -> None:
+    """Other applications of this process keep theirs: a scheduler's connection differs in its options."""
+    for group in (pools.producers, pools.connections):
+        if connection in group:
+            group[connection].force_close_all()
+            del group[connection]
 
 
 @pytest.fixture(scope="session")

@@ -132,7 +132,8 @@ class Journal:
         """Where an operation is, if there is one; what was turned away at admission, and so has no plan, is none."""
         with translated():
             state, plan = cast("list[str | None]", self.redis.hmget(keys.operation(operation_id), ["state", "plan"]))
-        return State(state) if state and plan else None
+        turned_away = state == State.REJECTED and not plan
+        return State(state) if state and not turned_away else None
 
     def dump(self, operation_id: str) -> tuple[dict[str, str], list[str]]:
         """An operation's fields and undo entries as Redis holds them, of one instant."""
