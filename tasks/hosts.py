@@ -13,6 +13,7 @@ from worker.app import app, host_queue
 from worker.compute import survey
 from worker.compute.local import LocalHost
 from worker.compute.snapshots.watch import HoldWatch
+from worker.engine import strays
 from worker.engine.connection import translated
 from worker.engine.journal import journal
 from worker.engine.patience import patiently
@@ -89,7 +90,7 @@ def join(host: str) -> None:
 def sweep(host: str) -> None:
     """Remove temporary files of operations that are over."""
     local = LocalHost(host, get_settings())
-    live = {record.id for record in patiently(journal().latest, 100_000, unfinished=True)}
+    live = set(patiently(strays.owners, journal()))
     data = local.data.create()
     for path in (*data.sweep_tmp(live), *snapshots.sweep(data, live), *Ledger(data.root).sweep(live)):
         log.info("swept a leftover", path=str(path))

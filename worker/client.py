@@ -17,7 +17,7 @@ from worker.engine.connection import be_brief, shared
 from worker.engine.intervention import cancel, retry_undo
 from worker.engine.journal import Journal
 from worker.engine.operation import submit
-from worker.engine.record import Record, State
+from worker.engine.record import Record
 from worker.engine.registry import Registry
 from worker.engine.requests import Request
 from worker.engine.stalled import why_stalled
@@ -63,8 +63,8 @@ class Fleet:
 
     def stalled(self, limit: int) -> list[tuple[Record, str]]:
         """Operations that do not move, with the reason."""
-        records = {record.id: record for record in self.journal.latest(limit, unfinished=True)}
-        records |= {record.id: record for record in self.journal.latest(limit) if record.state is State.STUCK}
+        records = {record.id: record for record in self.journal.unfinished(limit)}
+        records |= {record.id: record for record in self.journal.stuck(limit)}
         reasons = [(record, why_stalled(record, self._leases(record))) for record in records.values()]
         return [(record, why) for record, why in reasons if why]
 

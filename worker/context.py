@@ -5,6 +5,9 @@ The engine's step context is one of these; a plain script uses `Alone`. So verbs
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 
@@ -52,3 +55,23 @@ class Alone:
     def undo(self, action: str, **arguments: Any) -> None:
         """Remember how to undo."""
         self.undone_by.append((action, arguments))
+
+
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched_by(watcher: Watcher) -> Iterator[None]:
+    """What waits in this block, and was handed no watcher because it changes nothing, heeds this one."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def check_watcher() -> None:
+    """Raise what the watcher of the block around raises when the work must stop."""
+    watcher = _watcher.get()
+    if watcher:
+        watcher.check()

@@ -108,6 +108,16 @@ class OutOfMemory(Retryable):
     default_hint = "Free memory on the host, or spawn on another one."
 
 
+class FenceTooLow(Retryable):
+    """The domain's mark has a higher fence than this execution. `details`: instance, fence, current_fence,
+    current_operation.
+
+    Either a newer execution was here, which the journal knows, or Redis is not the one that gave that fence out.
+    """
+
+    code = "fence_too_low"
+
+
 # --- not worth trying again -----------------------------------------------------------------------------------
 
 
@@ -199,6 +209,13 @@ class NetworkNotFound(BadInput):
     """The host has no such bridge or libvirt network, or it is not active."""
 
     code = "network_not_found"
+
+
+class RecordUnreadable(Permanent):
+    """The record of an operation is damaged, or written by a newer version."""
+
+    code = "record_unreadable"
+    default_hint = "virtfleet doctor tells of all such records."
 
 
 class OperationNotFound(BadInput):
@@ -301,7 +318,7 @@ class CommandFailed(Permanent):
 
 
 class FencedOff(Permanent):
-    """A newer owner works on this instance or step: this one must not change anything more."""
+    """A newer execution owns this step: this one must not change anything more."""
 
     code = "fenced_off"
 

@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    Strict,
     StringConstraints,
     ValidationError,
     model_validator,
@@ -83,6 +84,11 @@ Network = Annotated[str, AfterValidator(_checked_network)]
 UserData = Annotated[str, AfterValidator(_checked_user_data)]
 SshKey = Annotated[str, AfterValidator(_checked_ssh_key)]
 Sha256 = Annotated[str, AfterValidator(_checked_sha256)]
+# Strict: that pydantic takes "2" and true for numbers hides mistakes.
+Vcpus = Annotated[int, Strict(), Field(ge=1, le=1024)]
+MemoryMib = Annotated[int, Strict(), Field(ge=16, le=64 * 1024 * 1024)]
+DiskGib = Annotated[int, Strict(), Field(ge=1, le=64 * 1024)]
+SwapMib = Annotated[int, Strict(), Field(ge=0, le=1024 * 1024)]
 DiskFormat = Literal["qcow2", "raw"]
 Firmware = Literal["bios", "efi"]
 WaitFor = Literal["running", "agent", "console"]
@@ -141,11 +147,11 @@ class InstanceSpec(Frozen):
 
     image: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
     sha256: Sha256 | None = None
-    vcpus: Annotated[int, Field(ge=1, le=1024)] = 1
-    memory_mib: Annotated[int, Field(ge=16, le=64 * 1024 * 1024)] = 512
-    disk_gib: Annotated[int, Field(ge=1, le=64 * 1024)] | None = None
-    swap_mib: Annotated[int, Field(ge=0, le=1024 * 1024)] = 0
-    ephemeral_gib: tuple[Annotated[int, Field(ge=1, le=64 * 1024)], ...] = Field((), max_length=16)
+    vcpus: Vcpus = 1
+    memory_mib: MemoryMib = 512
+    disk_gib: DiskGib | None = None
+    swap_mib: SwapMib = 0
+    ephemeral_gib: tuple[DiskGib, ...] = Field((), max_length=16)
     networks: tuple[Network, ...] = Field((), max_length=16)
     firmware: Firmware = "bios"
     root_disk: RootDisk | None = None
@@ -178,11 +184,11 @@ class Sizes(Frozen):
 class NewSizes(Frozen):
     """What of an instance is to change; None stays. Disks only grow, and `ephemeral_gib` names all of them."""
 
-    vcpus: Annotated[int, Field(ge=1, le=1024)] | None = None
-    memory_mib: Annotated[int, Field(ge=16, le=64 * 1024 * 1024)] | None = None
-    disk_gib: Annotated[int, Field(ge=1, le=64 * 1024)] | None = None
-    swap_mib: Annotated[int, Field(ge=0, le=1024 * 1024)] | None = None
-    ephemeral_gib: tuple[Annotated[int, Field(ge=1, le=64 * 1024)], ...] | None = Field(None, max_length=16)
+    vcpus: Vcpus | None = None
+    memory_mib: MemoryMib | None = None
+    disk_gib: DiskGib | None = None
+    swap_mib: SwapMib | None = None
+    ephemeral_gib: tuple[DiskGib, ...] | None = Field(None, max_length=16)
 
     def after(self, sizes: Sizes) -> Sizes:
         """The sizes as they are to be."""

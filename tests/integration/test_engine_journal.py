@@ -17,7 +17,7 @@ from worker.engine.connection import connect
 from worker.engine.journal import Admission, Journal, Lease, Phase
 from worker.engine.patience import patiently
 from worker.engine.record import Record, State, StepPlan, StepState, UndoEntry
-from worker.errors import BrokerUnavailable, OperationNotFound
+from worker.errors import BrokerUnavailable, OperationNotFound, RecordUnreadable
 
 CHAIN = ((StepPlan("copy", "copy", "h1", "disk"),), (StepPlan("boot", "boot", "h1", "control"),))
 GROUP = (tuple(StepPlan(key, "copy", "h1", "disk") for key in ("left", "right")),)
@@ -29,14 +29,22 @@ def admit(journal: Journal, name: str, *, wait: bool = False, stages: Any = CHAI
     return journal.admit(name, head, f"digest of {name}", stages, wait=wait)
 
 
-def take(journal: Journal, step: str = "copy", name: str = "op", by: str = "first", phase: Phase = "run") -> Lease:
-    answer, lease = journal.acquire(name, step, "disk@h1", by, phase)
+def take(
+    journal: Journal,
+    step: str = "copy",
+    name: str = "op",
+    *,
+    by: str = "first",
+    phase: Phase = "run",
+    instance: str = "vm",
+) -> Lease:
+    answer, lease = journal.acquire(name, step, instance, worker="disk@h1", token=by, phase=phase)
     assert lease, answer
     return lease
 
 
-def refusal(journal: Journal, step: str = "copy", name: str = "op", phase: Phase = "run") -> str:
-    answer, lease = journal.acquire(name, step, "disk@h1", "another token", phase)
+def refusal(journal: Journal, step: str = "copy", name: str = "op", phase: Phase = "run", instance: str = "vm") -> str:
+    answer, lease = journal.acquire(name, step, instance, worker="disk@h1", token=f"not {name}'s", phase=phase)
     assert lease is None
     return answer
 
@@ -170,7 +178,11 @@ def expiry(journal: Journal, name: str) -> int:
 def test_of_many_executors_exactly_one_gets_the_step(journal: Journal) -> None:
     admit(journal, "op")
     with ThreadPoolExecutor(50) as pool:
-        answers = list(pool.map(lambda n: journal.acquire("op", "copy", "w", f"t{n}", "run")[0], range(50)))
+        answers = list(
+            pool.map(
+                lambda n: journal.acquire("op", "copy", "vm", worker="w", token=f"t{n}", phase="run")[0], range(50)
+            )
+        )
     assert sorted(answers) == ["leased"] * 49 + ["yours"]
     assert journal.read("op").steps["copy"].attempt == 1
 
@@ -247,7 +259,7 @@ def test_fences_grow_also_after_redis_has_lost_its_memory(journal: Journal) -> N
     fences = []
     for number in range(3):
         admit(journal, f"op{number}", instance=f"vm{number}")
-        fences.append(take(journal, name=f"op{number}").fence)
+        fences.append(take(journal, name=f"op{number}", instance=f"vm{number}").fence)
     journal.redis.flushall()
     admit(journal, "op")
     fences.append(take(journal).fence)
@@ -405,6 +417,17 @@ def test_the_record_of_a_stuck_operation_is_kept(journal: Journal) -> None:
     assert owner(journal) is None
 
 
+def test_stuck_operations_are_listed_however_many_came_after_them(journal: Journal) -> None:
+    admit(journal, "op")
+    end(journal, "op", State.STUCK)
+    for number in range(5):
+        admit(journal, f"later{number}", instance=f"other{number}")
+    assert [record.id for record in journal.stuck(1)] == ["op"]
+    assert journal.count_stuck() == 1
+    assert journal.retry_undo(journal.read("op")) == ("ok", "")
+    assert journal.count_stuck() == 0
+
+
 def test_the_end_of_one_operation_does_not_free_the_instance_of_another(journal: Journal) -> None:
     admit(journal, "old")
     journal.redis.hset(keys.claim("unrelated"), "x", "y")
@@ -513,12 +536,84 @@ def test_a_record_that_a_sibling_put_back_is_completed(journal: Journal) -> None
     done(journal, right)
 
 
+def test_what_was_in_progress_goes_before_what_came_after_the_loss(journal: Journal) -> None:
+    admit(journal, "old")
+    lease = take(journal, name="old")
+    dump = journal.dump("old")
+    journal.redis.flushall()
+    admit(journal, "new")
+    assert put_back(journal, lease, dump)
+    assert owner(journal) == "old"
+    assert journal.read("new").state is State.WAITING
+    assert refusal(journal, name="new") == "early"
+    done(journal, lease)
+    done(journal, take(journal, "boot", name="old"))
+    assert end(journal, "old") == (True, "new")
+    assert take(journal, name="new")
+
+
+def test_what_began_after_the_loss_ends_before_the_lost_one_goes_on(journal: Journal) -> None:
+    admit(journal, "old")
+    lease = take(journal, name="old")
+    done(journal, lease)
+    fields, undo = journal.dump("old")
+    journal.redis.flushall()
+    admit(journal, "new")
+    take(journal, name="new")
+    assert journal.revive("old", lease.fence, fields, undo)
+    assert owner(journal) == "new"
+    assert refusal(journal, "boot", name="old") == "unowned"
+    journal.mark_published("old", [journal.read("old").steps["boot"]])
+    assert end(journal, "new") == (True, "old")
+    assert owner(journal) == "old"
+    assert journal.read("old").steps["boot"].published is None, "it goes out again at once"
+    assert take(journal, "boot", name="old")
+
+
+def test_a_claim_that_was_lost_alone_is_taken_again(journal: Journal) -> None:
+    admit(journal, "op")
+    journal.redis.delete(keys.claim("vm"))
+    take(journal)
+    assert owner(journal) == "op"
+
+
+def test_fences_outgrow_one_that_a_host_has_seen(journal: Journal) -> None:
+    admit(journal, "op")
+    seen = 2 * take(journal).fence
+    journal.outgrow(seen)
+    journal.outgrow(1)
+    admit(journal, "other", instance="other")
+    assert take(journal, name="other", instance="other").fence > seen
+
+
 def test_a_note_that_comes_after_the_loss_leaves_no_half_record(journal: Journal) -> None:
     admit(journal, "op")
     published = journal.read("op").steps["copy"]
     journal.redis.flushall()
     journal.mark_published("op", [published])
     assert journal.find("op") is None
+
+
+# --- records of other versions, and damaged ones ------------------------------------------------------------------
+
+
+def test_a_record_of_a_newer_version_is_left_to_newer_workers(journal: Journal) -> None:
+    admit(journal, "op")
+    admit(journal, "other", instance="other")
+    journal.redis.hset(keys.operation("op"), "schema", "99")
+    assert refusal(journal) == "newer"
+    with pytest.raises(RecordUnreadable, match="newer form"):
+        journal.read("op")
+    assert [record.id for record in journal.latest(10)] == ["other"]
+
+
+def test_a_damaged_record_spoils_no_listing(journal: Journal) -> None:
+    admit(journal, "op")
+    admit(journal, "other", instance="other")
+    journal.redis.hdel(keys.operation("op"), "head")
+    with pytest.raises(RecordUnreadable, match="damaged"):
+        journal.read("op")
+    assert [record.id for record in journal.unfinished(10)] == ["other"]
 
 
 # --- Redis is away ------------------------------------------------------------------------------------------------

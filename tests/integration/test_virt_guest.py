@@ -186,10 +186,10 @@ def test_a_stale_owner_neither_claims_nor_redefines(lab: LabHost, host: Host, de
     wanted = config(lab)
     guest = define(**dict(wanted))
     guest.claim(owner_of(guest, 5))
-    with pytest.raises(errors.FencedOff) as caught:
+    with pytest.raises(errors.FenceTooLow) as caught:
         guest.claim(owner_of(guest, 4))
     assert caught.value.details["current_operation"] == "op-5"
-    with pytest.raises(errors.FencedOff):
+    with pytest.raises(errors.FenceTooLow):
         host.define(wanted)
     assert guest.owner() == owner_of(guest, 5)
 

@@ -100,7 +100,7 @@ def test_a_claim_is_read_back_and_a_stale_owner_is_fenced_off(guest: Guest) -> N
     assert guest.owner() is None
     guest.claim(owner_of(guest, 5))
     guest.claim(owner_of(guest, 5))
-    with pytest.raises(errors.FencedOff) as caught:
+    with pytest.raises(errors.FenceTooLow) as caught:
         guest.claim(owner_of(guest, 4))
     assert caught.value.details["current_operation"] == "op-5"
     assert guest.owner() == owner_of(guest, 5)

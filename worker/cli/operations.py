@@ -29,7 +29,7 @@ def operations(
         if stalled:
             _list_stalled(fleet, limit, as_json=as_json)
             return
-        records = fleet.journal.latest(limit, unfinished=unfinished)
+        records = fleet.journal.unfinished(limit) if unfinished else fleet.journal.latest(limit)
         if as_json:
             output.print_json({"operations": [record.as_dict() for record in records]})
             return

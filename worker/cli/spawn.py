@@ -97,9 +97,15 @@ def _read(option: str, path: Path | None) -> str:
             content = file.read(MAX_USER_DATA_BYTES + 1)  # one byte more shows that it is too long
         return content.decode()
     except OSError as error:
-        raise InvalidSpec(f"--{option}: cannot read {path}: {error.strerror}", field=option, given=str(path)) from None
+        raise _unreadable(option, path, error.strerror or str(error)) from None
     except UnicodeDecodeError:
-        raise InvalidSpec(f"--{option}: {path} is no UTF-8 text", field=option, given=str(path)) from None
+        raise _unreadable(option, path, "it is no UTF-8 text") from None
+
+
+def _unreadable(option: str, path: Path, why: str) -> InvalidSpec:
+    allowed = "a readable file of UTF-8 text"
+    message = f"--{option}: cannot read {path}: {why}; allowed: {allowed}"
+    return InvalidSpec(message, field=option, given=str(path), allowed=allowed)
 
 
 def destroy(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import sys
 
+import typer
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
+from typer.exceptions import TyperException
 
 from worker import logs
 from worker.cli import output
@@ -28,7 +30,19 @@ def main() -> None:
         raise SystemExit(output.BAD_INPUT) from None
     from worker.cli.main import app  # noqa: PLC0415 - see above
 
+    if "--json" in sys.argv:
+        raise SystemExit(_for_programs(app))
     app()
+
+
+def _for_programs(app: typer.Typer) -> int:
+    """Run the command; wrong usage is told in JSON like every other mistake."""
+    try:
+        return app(standalone_mode=False) or output.OK
+    except TyperException as error:
+        wrong = InvalidSpec(error.format_message(), hint="See --help.")
+        output.tell(wrong.as_dict(), as_json=True)
+        return output.BAD_INPUT
 
 
 def _wrong_settings(error: ValidationError | SettingsError) -> InvalidSpec:

@@ -110,8 +110,7 @@ def _check_host(instance: LocalInstance, departure: Departure) -> None:
         able = host.require_definable(departure.xml)
         if able.accel == "kvm" and accel.choose(local, host, None) != "kvm":
             raise UnsupportedByHost(f"{instance.name} runs under KVM, and guests do not on host {local.name}")
-        if departure.sizes.vcpus > able.max_vcpus:
-            raise InvalidSpec(f"vcpus: allowed: at most {able.max_vcpus} on host {local.name}", field="vcpus")
+        able.require_vcpus(departure.sizes.vcpus)
 
 
 def sees_our_storage(instance: LocalInstance, departure: Departure, ctx: Context) -> bool:

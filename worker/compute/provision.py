@@ -49,7 +49,7 @@ POLL = 0.2
 def check_request(instance: LocalInstance, spec: InstanceSpec) -> None:
     """Refuse, before anything is made, what this host cannot give.
 
-    Raises `NetworkNotFound`, `InstanceExists`, `UnsupportedByHost`, `HostUnreachable`.
+    Raises `NetworkNotFound`, `InstanceExists`, `UnsupportedByHost`, `InvalidSpec`, `HostUnreachable`.
     """
     local = instance.local
     with local.libvirt() as host:
@@ -58,8 +58,10 @@ def check_request(instance: LocalInstance, spec: InstanceSpec) -> None:
         require_free(instance, host)
         if instance.folder.spec.exists():
             raise _taken(instance, f"files of an instance in {instance.folder.path}")
-        if spec.firmware == "efi":
-            _require_efi(local, host, spec)
+        can = host.domain_capabilities(accel.choose(local, host, spec.accel))
+        can.require_vcpus(spec.vcpus)
+        if spec.firmware == "efi" and not can.efi:
+            raise _no_efi(local)
 
 
 def require_free(instance: LocalInstance, host: Host) -> None:
@@ -82,13 +84,12 @@ def _taken(instance: LocalInstance, what: str) -> InstanceExists:
     )
 
 
-def _require_efi(local: LocalHost, host: Host, spec: InstanceSpec) -> None:
-    if not host.domain_capabilities(accel.choose(local, host, spec.accel)).efi:
-        raise UnsupportedByHost(
-            f"firmware: host {local.name} has no UEFI firmware for guests",
-            hint="Install it (Debian and Ubuntu: apt install ovmf), or use bios.",
-            field="firmware",
-        )
+def _no_efi(local: LocalHost) -> UnsupportedByHost:
+    return UnsupportedByHost(
+        f"firmware: host {local.name} has no UEFI firmware for guests",
+        hint="Install it (Debian and Ubuntu: apt install ovmf), or use bios.",
+        field="firmware",
+    )
 
 
 def image_cache(local: LocalHost) -> ImageCache:
@@ -214,7 +215,7 @@ def build_seed(instance: LocalInstance, spec: InstanceSpec, ctx: Context) -> Dis
 def spawn(instance: LocalInstance, spec: InstanceSpec, disks: DiskSet, ctx: Context) -> PowerState:
     """Define the instance's domain and start it; one that runs already is left as it is. Its power state then.
 
-    Raises `DomainRejected`, `FencedOff`, `HostUnreachable`, `OutOfMemory`.
+    Raises `DomainRejected`, `FenceTooLow`, `HostUnreachable`, `OutOfMemory`.
     """
     ctx.undo("remove_domain", name=instance.name, uuid=instance.uuid)
     with instance.owned(ctx), instance.local.libvirt() as host:
@@ -306,7 +307,7 @@ def _last_words(log: Path) -> str:
 def remove_domain(instance: LocalInstance, ctx: Context, *, foreign: bool = False) -> bool:
     """Power off and forget the domain, with its NVRAM, saved memory and snapshot records; False when it is gone.
 
-    Raises `NotOurs` for a domain without the fleet's mark, `FencedOff`.
+    Raises `NotOurs` for a domain without the fleet's mark, `FenceTooLow`.
     """
     with instance.owned(ctx), instance.local.libvirt() as host:
         guest = host.find_uuid(instance.uuid)
@@ -323,7 +324,7 @@ def destroy(instance: LocalInstance, ctx: Context, *, foreign: bool = False) -> 
     """Remove domain and files for good; whether there was a domain, and whether there were files.
 
     The definition goes last: as long as it is there, whoever tries again finds what is left by its name.
-    Raises `NotOurs` for a domain without the fleet's mark, `FencedOff`.
+    Raises `NotOurs` for a domain without the fleet's mark, `FenceTooLow`.
     """
     with instance.owned(ctx) as folder, instance.local.libvirt() as host:
         guest = host.find_uuid(instance.uuid)

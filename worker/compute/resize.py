@@ -68,12 +68,11 @@ def plan(instance: LocalInstance, wanted: NewSizes, ctx: Context) -> Plan:
         require_ours(guest)
         power = guest.power()
         _refuse_saved(instance, power)
-        most = host.domain_capabilities(guest.accel()).max_vcpus
+        can = host.domain_capabilities(guest.accel())
     before = Sizes.of(spec)
     found = Plan(before=before, after=wanted.after(before), power=power)
     refuse_shrinking(instance.folder, found)
-    if found.after.vcpus > most:
-        raise _refused("vcpus", found.after.vcpus, f"at most {most} on host {instance.local.name}")
+    can.require_vcpus(found.after.vcpus)
     require_space(instance.folder.path, METADATA_BYTES, instance.local.settings.reserve_bytes)
     return found
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import structlog
 from celery import chain
 
 from worker.app import app
-from worker.engine import events
+from worker.engine.answers import answer
 from worker.engine.canvas import Canvas, remaining, step_signature
 from worker.engine.connection import translated
 from worker.engine.decide import Clock, Decision, End, Look, Publish, TurnBack, Undo, decide
@@ -17,12 +16,16 @@ from worker.engine.journal import Journal, journal
 from worker.engine.kinds import kind_of
 from worker.engine.mirror import Mirror
 from worker.engine.record import Record, State, StepRecord, StepState
+from worker.engine.silence import silence
 from worker.errors import BrokerUnavailable, Cancelled
 from worker.settings import get_settings
 
 log = structlog.get_logger(__name__)
 
 UNDO_TASK = "undo"
+
+RENEWED = 3.0
+"""Seconds after Redis' silence in which every worker that lives has renewed its leases; it tries twice a second."""
 
 
 def advance(operation_id: str, *, prompt: bool = False) -> Decision | None:
@@ -71,8 +74,9 @@ def turn_back(operation_id: str) -> None:
 
 def _clock(book: Journal) -> Clock:
     settings = get_settings()
-    # Leases run out while Redis is away; whoever is alive renews within this time.
-    return Clock(book.now(), settings.publish_grace, leases_count=book.uptime() > 1.5 * settings.lease_ttl)
+    # Leases run out while Redis is away, or silent; whoever is alive renews within this time.
+    renewed = book.uptime() > 1.5 * settings.lease_ttl and silence.over_for > RENEWED
+    return Clock(book.now(), settings.publish_grace, leases_count=renewed)
 
 
 def _publish(book: Journal, record: Record, heads: tuple[str, ...]) -> None:
@@ -119,21 +123,7 @@ def _tell(book: Journal, operation_id: str) -> None:
     """Store the final record as the result of every Celery task that waits for it, and show it in Flower."""
     record = book.find(operation_id)
     for task_id, worker in book.waiters(operation_id):
-        result = record.as_dict() if record else None
-        with translated():
-            app.backend.store_result(task_id, result, "SUCCESS")
-        _show_ended(task_id, worker, record)
+        if record:
+            answer(task_id, worker, record)
         book.waiter_answered(operation_id, task_id, worker)
     book.forget_attention(operation_id)
-
-
-def _show_ended(task_id: str, worker: str, record: Record | None) -> None:
-    """Tell Flower how the operation behind a by-name task ended; the task itself answered long ago."""
-    if record is None:
-        return
-    if record.state is State.SUCCEEDED:
-        took = (record.ended_at or time.time()) - record.submitted_at
-        events.tell(worker, "task-succeeded", task_id, result=f"{record.id} succeeded", runtime=took)
-    else:
-        message = (record.error or {}).get("message", "")
-        events.tell(worker, "task-failed", task_id, exception=f"{record.id} {record.state.value}: {message}")

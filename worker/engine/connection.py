@@ -14,6 +14,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from worker.app import app
+from worker.engine.silence import silence
 from worker.errors import BrokerUnavailable
 from worker.settings import get_settings
 
@@ -86,7 +87,9 @@ def translated() -> Iterator[None]:
     """Turn what redis-py and kombu raise while Redis cannot serve into `BrokerUnavailable`."""
     try:
         yield
+        silence.answered()
     except UNAVAILABLE as error:
+        silence.failed()
         raise BrokerUnavailable(f"Redis at {_shown_url()} does not answer: {error}") from error
     except redis.exceptions.ResponseError as error:
         if not str(error).startswith(REFUSALS):

@@ -13,13 +13,24 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from celery.exceptions import Ignore
 
+from worker.context import watched_by
+from worker.engine import events
 from worker.engine.advance import see_to, turn_back
 from worker.engine.journal import Answer, Journal, Outcome, Phase, journal
 from worker.engine.lease import LeaseKeeper
 from worker.engine.patience import patiently
 from worker.engine.record import UNDO_STEP, State
 from worker.engine.step_context import StepContext
-from worker.errors import BrokerUnavailable, Cancelled, FencedOff, FleetError, HandedOver, InternalError, WorkerLost
+from worker.errors import (
+    BrokerUnavailable,
+    Cancelled,
+    FencedOff,
+    FenceTooLow,
+    FleetError,
+    HandedOver,
+    InternalError,
+    WorkerLost,
+)
 
 if TYPE_CHECKING:
     from worker.engine.step import Step
@@ -39,15 +50,15 @@ class Ending:
     error: FleetError | None = None
 
 
-def execute(made: Step[Any], task: Any, operation_id: str, key: str) -> Any:
+def execute(made: Step[Any], task: Any, operation_id: str, key: str, instance: str) -> Any:
     """Body of every step's Celery task. Messages that come twice, late or out of turn do no harm."""
     book = journal()
     phase: Phase = "undo" if key.startswith(UNDO_STEP) else "run"
     worker, token = str(task.request.hostname), secrets.token_hex(8)
     with structlog.contextvars.bound_contextvars(operation=operation_id, step=key):
-        answer, lease = patiently(book.acquire, operation_id, key, worker, token, phase)
+        answer, lease = patiently(book.acquire, operation_id, key, instance, worker=worker, token=token, phase=phase)
         if lease is None:
-            return _decline(book, answer, operation_id, key)
+            return _decline(task, book, answer, operation_id, key)
         with LeaseKeeper(book, lease) as keeper:
             ctx = StepContext(patiently(book.read, operation_id), lease, keeper, book, task)
             with _logged(ctx):
@@ -72,7 +83,8 @@ def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
     if lost > MOST_LOST:
         return Ending("failed", error=WorkerLost(f"the worker died {lost} times or more in this step"))
     try:
-        result = made.run(ctx)
+        with watched_by(ctx):
+            result = made.run(ctx)
         ctx.flush()
         return Ending("done", result)
     except HandedOver as error:
@@ -83,7 +95,9 @@ def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
         return Ending("retry" if may_retry else "failed", error=error)
     except Exception as error:
         log.exception("unforeseen error")
-        return Ending("failed", error=InternalError(f"{type(error).__name__}: {error}"))
+        # What cannot be removed now (disk full, an I/O error) may be later, and an undo is repeatable by nature.
+        outcome: Outcome = "retry" if ctx.is_undo and isinstance(error, OSError) else "failed"
+        return Ending(outcome, error=InternalError(f"{type(error).__name__}: {error}"))
 
 
 def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeeper, ending: Ending) -> bool:
@@ -91,6 +105,10 @@ def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeepe
     if isinstance(ending.error, FencedOff):
         return False
     lease, error = ctx.lease, ending.error
+    if isinstance(error, FenceTooLow):
+        # Where a newer execution was here, the journal refuses what follows. Where the fence came from a Redis that was
+        # lost since, or whose clock was ahead, the next attempt gets a higher one.
+        patiently(book.outgrow, error.details["current_fence"])
     fields = {"result": ending.result} if error is None else {"error": _told(error, made, ctx)}
     pause = made.retries.pause(lease.attempt) if ending.outcome == "retry" else ctx.settings.publish_grace
     if isinstance(error, HandedOver):
@@ -117,7 +135,7 @@ def _told(error: FleetError, made: Step[Any], ctx: StepContext) -> dict[str, Any
 
 def _verdict(ctx: StepContext, book: Journal, error: FleetError) -> State | None:
     """How the operation will end once it is undone; an undo step that fails has no say in that."""
-    if ctx.lease.step.startswith(UNDO_STEP):
+    if ctx.is_undo:
         return None
     if isinstance(error, Cancelled):
         return State.CANCELLED
@@ -129,19 +147,20 @@ def _go_on(task: Any, ctx: StepContext, ending: Ending, *, committed: bool) -> A
     """Leave what follows to Celery's chain where there is one; else see what the operation needs now."""
     if not committed:
         log.warning("refused: a newer execution owns this step")
-        raise Ignore
+        raise _ignored(task, "task-rejected")
     if ending.error is None:
         if not task.request.chain:
             see_to(ctx.operation)
         return ending.result
     log.warning(ending.outcome, code=ending.error.code, error=str(ending.error), attempt=ctx.lease.attempt)
     if ending.outcome == "retry":
-        raise Ignore  # the reaper publishes it when it is due: a message with an ETA would kill a Celery 5.7 worker
+        # The reaper publishes it when it is due: a message with an ETA would kill a Celery 5.7 worker.
+        raise _ignored(task, "task-retried", exception=str(ending.error))
     see_to(ctx.operation)
     raise ending.error
 
 
-def _decline(book: Journal, answer: Answer, operation_id: str, key: str) -> Any:
+def _decline(task: Any, book: Journal, answer: Answer, operation_id: str, key: str) -> Any:
     """A message for a step that is not to run now: go on where it is done already, else end quietly."""
     log.info("declined", answer=answer)
     if answer == "done":
@@ -149,4 +168,13 @@ def _decline(book: Journal, answer: Answer, operation_id: str, key: str) -> Any:
         return record.steps[key].result if key in record.steps else None
     if answer == "cancel":
         turn_back(operation_id)
-    raise Ignore
+    raise _ignored(task, "task-rejected")
+
+
+def _ignored(task: Any, event: str, **fields: Any) -> Ignore:
+    """What ends this message without a result; Flower is told why, or would show it as started for ever."""
+    try:
+        events.tell(task.request.hostname, event, task.request.id, **fields)
+    except BrokerUnavailable as error:
+        log.debug("not shown in Flower", told=event, error=str(error))
+    return Ignore()

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal, cast
 
+import structlog
+
 from worker.engine import keys
 from worker.engine.connection import Redis, shared, text, translated
 from worker.engine.record import SCHEMA, Record, Stages, State, StepRecord, UndoEntry, parse
-from worker.errors import OperationNotFound
+from worker.errors import OperationNotFound, RecordUnreadable
 from worker.settings import get_settings
 
-Answer = Literal["yours", "done", "leased", "early", "cancel", "ended", "gone"]
+log = structlog.get_logger(__name__)
+
+Answer = Literal["yours", "done", "leased", "early", "cancel", "ended", "gone", "newer", "unowned"]
 Phase = Literal["run", "undo"]
 Outcome = Literal["done", "retry", "failed"]
 Kept = Literal["held", "stop", "leave", "lost", "gone"]
@@ -32,7 +36,8 @@ _OPERATION_PREFIX = keys.operation("")
 
 @functools.cache
 def _source(name: str) -> str:
-    return resources.files("worker.engine").joinpath("lua", f"{name}.lua").read_text()
+    lua = resources.files("worker.engine").joinpath("lua")
+    return "\n".join(lua.joinpath(f"{part}.lua").read_text() for part in ("common", name))
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Journal:
             get_settings().publish_grace,
             "1" if wait else "",
             _OPERATION_PREFIX,
-            *("head", json.dumps({"schema": SCHEMA, **head}), "plan", json.dumps(plan)),
+            *("schema", SCHEMA, "head", json.dumps(head), "plan", json.dumps(plan)),
         )
         return Admission(outcome, detail)
 
@@ -111,7 +116,7 @@ class Journal:
             [keys.operation(operation_id), keys.OPERATIONS],
             operation_id,
             int(get_settings().keep_records),
-            *("head", json.dumps({"schema": SCHEMA, **head}), "error", json.dumps(error)),
+            *("schema", SCHEMA, "head", json.dumps(head), "error", json.dumps(error)),
         )
 
     # --- reading -------------------------------------------------------------------------------------------------
@@ -124,7 +129,7 @@ class Journal:
         return record
 
     def find(self, operation_id: str) -> Record | None:
-        """The record of an operation, if there is one."""
+        """The record of an operation, if there is one. Raises `RecordUnreadable`."""
         fields, undo = self.dump(operation_id)
         return parse(operation_id, fields, undo) if fields else None
 
@@ -144,15 +149,36 @@ class Journal:
             fields, undo = pipe.execute()
         return fields, undo
 
-    def latest(self, limit: int, *, unfinished: bool = False) -> list[Record]:
-        """Records of operations, newest first; `unfinished` ones only, when asked for."""
+    def latest(self, limit: int) -> list[Record]:
+        """Records of operations, newest first."""
+        return self._listed(keys.OPERATIONS, limit)
+
+    def unfinished(self, limit: int) -> list[Record]:
+        """Records of operations that have not ended, newest first; the longest overdue, if there are more."""
+        return self._listed(keys.ATTENTION, limit, newest=False)
+
+    def stuck(self, limit: int) -> list[Record]:
+        """Records of operations that could not be undone, newest first."""
+        return self._listed(keys.STUCK, limit)
+
+    def _listed(self, listing: str, limit: int, *, newest: bool = True) -> list[Record]:
         with translated():
-            if unfinished:
-                ids = cast("list[str]", self.redis.zrange(keys.ATTENTION, 0, limit - 1))
-            else:
-                ids = cast("list[str]", self.redis.zrevrange(keys.OPERATIONS, 0, limit - 1))
-        records = [record for record in map(self.find, ids) if record]
+            ids = cast("list[str]", self.redis.zrange(listing, 0, limit - 1, desc=newest))
+        records = [record for record in map(self._readable, ids) if record]
         return sorted(records, key=lambda record: record.submitted_at, reverse=True)
+
+    def _readable(self, operation_id: str) -> Record | None:
+        """A record for a listing, which one that cannot be read must not spoil."""
+        try:
+            return self.find(operation_id)
+        except RecordUnreadable as error:
+            log.warning("left out of the listing", operation=operation_id, error=error.message)
+            return None
+
+    def count_stuck(self) -> int:
+        """How many operations could not be undone."""
+        with translated():
+            return int(self.redis.zcard(keys.STUCK))
 
     def leases(self, record: Record, steps: Iterable[StepRecord]) -> dict[str, float]:
         """Seconds that the lease of each of these steps still runs, for those that are leased."""
@@ -184,9 +210,9 @@ class Journal:
     # --- executing -----------------------------------------------------------------------------------------------
 
     def acquire(
-        self, operation_id: str, step: str, worker: str, token: str, phase: Phase
+        self, operation_id: str, step: str, instance: str, *, worker: str, token: str, phase: Phase
     ) -> tuple[Answer, Lease | None]:
-        """Ask to execute a step; with the answer "yours" comes a lease."""
+        """Ask to execute a step on an instance; with the answer "yours" comes a lease."""
         answer = self._run(
             "acquire",
             [
@@ -195,8 +221,10 @@ class Journal:
                 keys.ATTENTION,
                 keys.FENCE,
                 keys.undo(operation_id),
+                keys.claim(instance),
+                keys.waiting(instance),
             ],
-            *(operation_id, step, worker, token, _ttl_ms(), phase),
+            *(operation_id, step, worker, token, _ttl_ms(), phase, SCHEMA, _OPERATION_PREFIX),
         )
         if answer[0] != "yours":
             return answer[0], None
@@ -275,9 +303,10 @@ class Journal:
                     keys.OPERATIONS,
                     keys.FENCE,
                     keys.lease(lease.operation, lease.step),
+                    keys.waiting(head["instance"]),
                 ],
                 *(lease.operation, lease.step, lease.token, lease.fence, _ttl_ms()),
-                *(fields["submitted_at"], len(undo), *undo, *pairs),
+                *(fields["submitted_at"], _OPERATION_PREFIX, len(undo), *undo, *pairs),
             )
         )
 
@@ -295,8 +324,9 @@ class Journal:
                     keys.ATTENTION,
                     keys.OPERATIONS,
                     keys.FENCE,
+                    keys.waiting(instance),
                 ],
-                *(operation_id, fence, fields["submitted_at"], len(undo), *undo, *pairs),
+                *(operation_id, fence, fields["submitted_at"], _OPERATION_PREFIX, len(undo), *undo, *pairs),
             )
         )
 
@@ -318,6 +348,7 @@ class Journal:
                 keys.claim(record.instance),
                 keys.undo(record.id),
                 keys.ATTENTION,
+                keys.STUCK,
             ],
             *(record.id, _OPERATION_PREFIX),
         )
@@ -344,6 +375,7 @@ class Journal:
                 keys.progress(record.id),
                 keys.undo(record.id),
                 keys.waiters(record.id),
+                keys.STUCK,
             ],
             *(record.id, state, keep, _OPERATION_PREFIX),
         )
@@ -419,6 +451,10 @@ class Journal:
         """Remove the lease of a step that nobody executes; False when it is executed."""
         script_keys = [keys.operation(operation_id), keys.lease(operation_id, step)]
         return bool(self._run("drop_lease", script_keys, step))
+
+    def outgrow(self, fence: int) -> None:
+        """Hand out only higher fences from now on: a host has seen this one, from a Redis that was lost since."""
+        self._run("outgrow", [keys.FENCE], fence)
 
     def attend(self, operation_id: str) -> None:
         """Have the reaper look now at an operation that has not ended."""

@@ -14,6 +14,10 @@ ATTENTION = f"{PREFIX}:attention"
 """ZSET, kept: id of each operation that has not ended → when the reaper must look at it next. Every change of an
 operation sets it, so a look costs nothing for operations that go well, however many there are."""
 
+STUCK = f"{PREFIX}:stuck"
+"""ZSET, kept: id of each operation that could not be undone → when it got stuck. Written as operations end, emptied by
+retrying their undo, read by listings and metrics."""
+
 FENCE = f"{PREFIX}:fence"
 """STRING, kept: the last fence handed out; never below Redis' clock in µs, so it grows even after FLUSHALL."""
 
@@ -46,8 +50,8 @@ by admission and the CLI."""
 
 
 def operation(operation_id: str) -> str:
-    """HASH, expires once ended: the operation's record. Fields: head, digest, plan, state, cancel, verdict, error,
-    submitted_at, started_at, ended_at, and `step:<key>:<field>` with the fields state, fence, attempt, worker,
+    """HASH, expires once ended: the operation's record. Fields: schema, head, digest, plan, state, cancel, verdict,
+    error, submitted_at, started_at, ended_at, and `step:<key>:<field>` with the fields state, fence, attempt, worker,
     due, published, publications, started_at, ended_at, result, error."""
     return f"{PREFIX}:op:{operation_id}"
 

@@ -40,13 +40,16 @@ class FleetCollector(Collector):
 
     def _operations(self) -> Iterator[Metric]:
         book = Journal(shared())
-        records = book.latest(UNFINISHED_SHOWN, unfinished=True)
+        records = book.unfinished(UNFINISHED_SHOWN)
         states = GaugeMetricFamily("virtfleet_operations_unfinished", "Operations by state.", labels=["state"])
         for state, number in Counter(record.state.value for record in records).items():
             states.add_metric([state], number)
         yield states
         oldest = max((book.now() - record.submitted_at for record in records), default=0.0)
         yield GaugeMetricFamily("virtfleet_oldest_unfinished_seconds", "Age of the oldest one.", value=oldest)
+        yield GaugeMetricFamily(
+            "virtfleet_operations_stuck", "Operations that could not be undone.", value=book.count_stuck()
+        )
 
     def _steps(self) -> Iterator[Metric]:
         with translated():

@@ -28,8 +28,8 @@ from worker.settings import get_settings
 log = structlog.get_logger(__name__)
 
 LOOK_EVERY = 2.0
-"""Seconds between two looks. A record must be missing at two in a row: a worker that runs one of its steps puts it
-back sooner, together with its lease."""
+"""Seconds between two looks, and that a record must be missing: a worker that runs one of its steps puts it back
+sooner, together with its lease."""
 
 UNFINISHED = 5.0
 """Seconds after which a copy that is still being written is taken for one that its writer has left."""
@@ -42,6 +42,8 @@ class Copy:
     operation: str
     fields: dict[str, str]
     undo: list[str]
+    age: float = 0.0
+    """Seconds since it was written."""
 
     @property
     def fence(self) -> int:
@@ -86,7 +88,8 @@ class Mirror:
         for path in sorted(self.folder.glob("*.json")):
             try:
                 content: dict[str, Any] = json.loads(path.read_text())
-                yield Copy(path.stem, content["fields"], content["undo"])
+                age = time.time() - path.stat().st_mtime
+                yield Copy(path.stem, content["fields"], content["undo"], age)
             except (OSError, ValueError, KeyError) as error:
                 log.warning("cannot read a copy of a record", path=str(path), error=str(error))
 
@@ -101,7 +104,8 @@ class MirrorWatch(threading.Thread):
         super().__init__(name="mirror", daemon=True)
         self._mirror = mirror or Mirror()
         self._book = Journal(shared())
-        self._missing: set[str] = set()
+        self._lock = threading.Lock()
+        self._missing: dict[str, float] = {}
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -118,22 +122,44 @@ class MirrorWatch(threading.Thread):
         """End after the running look."""
         self._ended.set()
 
-    def look(self) -> None:
-        """Compare every copy with Redis once."""
-        self._mirror.sweep()
-        missing = set()
-        for copy in self._mirror.copies():
-            state = self._book.state(copy.operation)
-            if state is None:
-                missing.add(copy.operation)
-                if copy.operation in self._missing:
-                    self._restore(copy)
-            elif state.final:
-                self._mirror.drop(copy.operation)
-        self._missing = missing
+    def settle(self) -> None:
+        """Have Redis know again what it lost, as far as that can be done in two looks.
+
+        To be called before it hears of this host again, and with that of new wishes for its instances.
+        """
+        deadline = time.monotonic() + 2 * LOOK_EVERY
+        while self.look() and time.monotonic() < deadline and not self._ended.wait(LOOK_EVERY / 4):
+            pass
+
+    def look(self) -> bool:
+        """Compare every copy with Redis once; whether records are missing there."""
+        with self._lock:
+            self._mirror.sweep()
+            copies = list(self._mirror.copies())
+            states = {copy.operation: self._book.state(copy.operation) for copy in copies}
+            now = time.monotonic()
+            self._missing = {one: self._missing.get(one, now) for one, state in states.items() if state is None}
+            for copy in copies:
+                state = states[copy.operation]
+                if state is not None and state.final:
+                    self._mirror.drop(copy.operation)
+                elif state is None and now - self._missing[copy.operation] >= LOOK_EVERY:
+                    self._put_back(copy)
+            return bool(self._missing)
+
+    def _put_back(self, copy: Copy) -> None:
+        try:
+            self._restore(copy)
+        except BrokerUnavailable:
+            raise
+        except Exception:  # one copy that cannot be put back must not keep the others from it
+            log.exception("cannot put a record back", operation=copy.operation)
 
     def _restore(self, copy: Copy) -> None:
         if State(copy.fields["state"]).final:
             self._mirror.drop(copy.operation)
+        elif copy.age > get_settings().keep_records:
+            # It may have ended since, elsewhere, so long ago that its record has expired.
+            log.warning("too old to be taken up again", operation=copy.operation, days=round(copy.age / 86400))
         elif self._book.revive(copy.operation, copy.fence, copy.fields, copy.undo):
             log.warning("Redis had lost this operation: restored from the host's copy", operation=copy.operation)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 from celery.exceptions import Ignore
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from worker.app import app
 from worker.engine.advance import see_to
+from worker.engine.answers import answer
 from worker.engine.canvas import Canvas, stages_of
 from worker.engine.journal import journal
 from worker.engine.kinds import Asked, Kind, Operation, add_kind, kind_for
@@ -41,9 +42,9 @@ def operation(
         kind = Kind(name, request, build)
         add_kind(kind)
 
-        def by_name(task: Any, /, *unnamed: Any, **arguments: Any) -> dict[str, Any]:
+        def by_name(task: Any, /, *unnamed: Any, **arguments: Any) -> None:
             # Requests have named fields only: what came without a name is rejected like an unknown field.
-            return _admit_by_name(kind, task, {**arguments, **({"args": list(unnamed)} if unnamed else {})})
+            _admit_by_name(kind, task, {**arguments, **({"args": list(unnamed)} if unnamed else {})})
 
         by_name.__doc__ = build.__doc__
         app.task(name=name, bind=True)(by_name)
@@ -132,22 +133,25 @@ def _named(asked: dict[str, Any]) -> Target:
     return Target(str(asked.get("instance") or asked.get("name") or "")[:63], "", str(asked.get("host") or "")[:63])
 
 
-def _admit_by_name(kind: Kind[Any], task: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Body of the task a scheduler sends: answers with the final record, now or when the operation ends."""
+def _admit_by_name(kind: Kind[Any], task: Any, arguments: dict[str, Any]) -> NoReturn:
+    """Body of the task a scheduler sends: answered with the final record, now or when the operation ends."""
     given = arguments.get("operation_id")
     # Celery may deliver a message twice: a task without an id of the caller's gets one that is always the same.
     own_id = f"op-{hashlib.sha256(task.request.id.encode()).hexdigest()[:12]}"
     operation_id = given if isinstance(given, str) and given else own_id
+    task_id, worker = task.request.id, str(task.request.hostname)
     try:
         request = _validated(kind, arguments, operation_id)
         # The message is gone from its queue: Redis being away is no reason to turn the request away.
         record = patiently(_admit, kind, request, operation_id)
     except FleetError as error:
-        return _turned_away(kind, operation_id, arguments, error)
-    worker = str(task.request.hostname)
-    if not record.state.final and patiently(journal().wait_for, record.id, task.request.id, worker):
-        raise Ignore  # the result is stored when the operation ends
-    return patiently(journal().read, record.id).as_dict()
+        record = _turned_away(kind, operation_id, arguments, error)
+    else:
+        if not record.state.final and patiently(journal().wait_for, record.id, task_id, worker):
+            raise Ignore  # answered when the operation ends
+        record = patiently(journal().read, record.id)
+    patiently(answer, task_id, worker, record)
+    raise Ignore
 
 
 def _validated(kind: Kind[Any], arguments: dict[str, Any], operation_id: str) -> Request:
@@ -168,7 +172,7 @@ def _bounded(arguments: dict[str, Any]) -> dict[str, Any]:
     return {key[:100]: value if len(json.dumps(value)) <= 1000 else "<too long>" for key, value in kept.items()}
 
 
-def _turned_away(kind: Kind[Any], operation_id: str, arguments: dict[str, Any], error: FleetError) -> dict[str, Any]:
+def _turned_away(kind: Kind[Any], operation_id: str, arguments: dict[str, Any], error: FleetError) -> Record:
     target = _named(arguments)
     return Record(
         id=operation_id,
@@ -179,4 +183,4 @@ def _turned_away(kind: Kind[Any], operation_id: str, arguments: dict[str, Any], 
         host=target.host,
         state=State.REJECTED,
         error=error.as_dict(),
-    ).as_dict()
+    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from worker.errors import RecordUnreadable
 from worker.models import DISCREET_FIELDS
 
 SCHEMA = 1
@@ -192,7 +193,19 @@ def _discreet(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse(operation_id: str, fields: dict[str, str], undo: list[str]) -> Record:
-    """A record from its hash and its list of undo entries."""
+    """A record from its hash and its list of undo entries. Raises `RecordUnreadable`."""
+    if int(fields.get("schema", 1)) > SCHEMA:
+        raise RecordUnreadable(
+            f"the record of operation {operation_id} is of a newer form ({fields['schema']}) than this version knows",
+            hint="Bring all workers and clients to one version; the newer ones go on with it meanwhile.",
+        )
+    try:
+        return _parsed(operation_id, fields, undo)
+    except (KeyError, ValueError, TypeError) as error:
+        raise RecordUnreadable(f"the record of operation {operation_id} is damaged: {error!r}") from error
+
+
+def _parsed(operation_id: str, fields: dict[str, str], undo: list[str]) -> Record:
     head = json.loads(fields["head"])
     stages = tuple(tuple(StepPlan(**step) for step in stage) for stage in json.loads(fields.get("plan", "[]")))
     entries = tuple(UndoEntry(**json.loads(entry)) for entry in undo)

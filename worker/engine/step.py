@@ -75,7 +75,7 @@ def step(
         made = Step(name, queue, body, retries or Retries())
 
         def task(self: Any, operation: str, step: str, instance: str, host: str) -> Any:  # noqa: ARG001 - for Flower
-            return execute(made, self, operation, step)
+            return execute(made, self, operation, step, instance)
 
         task.__doc__ = body.__doc__
         # ignore_result: what a step returns belongs in the journal; a copy under Celery's keys would outlive it.

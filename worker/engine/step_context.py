@@ -12,7 +12,7 @@ from worker.engine.journal import Journal, Lease
 from worker.engine.lease import LeaseKeeper
 from worker.engine.patience import patiently
 from worker.engine.progress import Meter
-from worker.engine.record import Record, StepPlan, UndoEntry
+from worker.engine.record import UNDO_STEP, Record, StepPlan, UndoEntry
 from worker.engine.registry import Registry, registry
 from worker.errors import BrokerUnavailable, FencedOff
 from worker.settings import get_settings
@@ -46,6 +46,11 @@ class StepContext:
     def fence(self) -> int:
         """Number of this execution; higher ones take over from lower ones."""
         return self.lease.fence
+
+    @property
+    def is_undo(self) -> bool:
+        """Whether this step takes back what another did."""
+        return self.lease.step.startswith(UNDO_STEP)
 
     @property
     def host(self) -> str:

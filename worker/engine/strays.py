@@ -14,6 +14,7 @@ from worker.engine.journal import Journal
 from worker.engine.mirror import Copy, Mirror
 from worker.engine.record import Record, State, StepRecord, StepState
 from worker.engine.stalled import why_stalled
+from worker.errors import RecordUnreadable
 from worker.findings import Severity, Suspect, suspect
 
 
@@ -139,7 +140,7 @@ def _unattended(book: Journal, record: Record) -> Iterator[Suspect]:
 def _read(book: Journal, operation_id: str) -> Record | None:
     try:
         return book.find(operation_id)
-    except (KeyError, TypeError, ValueError):
+    except RecordUnreadable:
         return None  # told by `operations`; one such record must not hide what is wrong with the others
 
 

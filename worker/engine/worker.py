@@ -80,9 +80,17 @@ class Heartbeat(threading.Thread):
 def run_worker(kind: WorkerKind, hosts: Sequence[str], *, introduce: Callable[[str], None], loglevel: str) -> None:
     """Serve the queues of these hosts until told to stop. `introduce` tells the fleet of a host, beside the work."""
     name = f"{kind}@{hosts[0]}"
-    beside: list[Heartbeat | Reaper | MirrorWatch] = [Heartbeat(hosts, kind, introduce)]
+    beside: list[Heartbeat | Reaper | MirrorWatch]
     if kind == "control":
-        beside += [Reaper(f"{name}:{os.getpid()}"), MirrorWatch()]
+        watch = MirrorWatch()
+
+        def settled(host: str) -> None:
+            watch.settle()
+            introduce(host)
+
+        beside = [Heartbeat(hosts, kind, settled), Reaper(f"{name}:{os.getpid()}"), watch]
+    else:
+        beside = [Heartbeat(hosts, kind, introduce)]
 
     def ready(**_: Any) -> None:
         for companion in beside:

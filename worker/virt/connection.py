@@ -22,6 +22,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from worker.context import check_watcher
 from worker.errors import HostUnreachable
 from worker.virt.faults import translated
 
@@ -29,6 +30,9 @@ OPEN_ATTEMPTS = 4
 # A silent libvirtd is given up after interval * (count + 1) seconds: longer than any pause of a loaded host.
 KEEPALIVE_SECONDS = 5
 KEEPALIVE_COUNT = 2
+
+HEED_SECONDS = 0.5
+"""How often one who waits for a connection looks whether it is still wanted."""
 
 _lock = threading.Lock()
 _prepared: set[int] = set()  # pids: threads do not survive a fork
@@ -76,16 +80,23 @@ class _Opening:
         self._thread = threading.Thread(target=self._run, name=f"open {uri}", daemon=True)
 
     def result(self, deadline: float) -> libvirt.virConnect:
-        """The connection; raises HostUnreachable when `deadline` (monotonic seconds) passes first."""
+        """The connection; raises HostUnreachable when `deadline` (monotonic seconds) passes first.
+
+        A step that is cancelled waits no longer.
+        """
         began = time.monotonic()
         self._thread.start()
-        self._thread.join(max(0.0, deadline - began))
-        with self._lock:
-            if self._connection is not None:
-                return self._connection
-            if self._error is not None:
-                raise self._error
-            self._abandoned = True
+        try:
+            while self._thread.is_alive() and time.monotonic() < deadline:
+                check_watcher()
+                self._thread.join(min(HEED_SECONDS, max(0.0, deadline - time.monotonic())))
+        finally:
+            with self._lock:
+                self._abandoned = self._connection is None
+        if self._connection is not None:
+            return self._connection
+        if self._error is not None:
+            raise self._error
         waited = time.monotonic() - began
         raise HostUnreachable(
             f"cannot connect to {self._uri} on host {self._name}: no answer within {waited:.1f} s",

@@ -20,7 +20,7 @@ from worker.context import Watcher
 from worker.errors import (
     AgentUnresponsive,
     Cancelled,
-    FencedOff,
+    FenceTooLow,
     GuestHung,
     InstanceNotFound,
     InvalidState,
@@ -196,10 +196,10 @@ class Guest:
         return parse_owner(self.xml())
 
     def check_fence(self, owner: Owner) -> None:
-        """Raise FencedOff when the domain belongs to a newer execution than `owner`."""
+        """Raise FenceTooLow when the domain belongs to a newer execution than `owner`."""
         current = self.owner()
         if current is not None and owner.fence < current.fence:
-            raise FencedOff(
+            raise FenceTooLow(
                 f"{self.name} on host {self._host} belongs to operation {current.operation} with fence"
                 f" {current.fence}; operation {owner.operation} with fence {owner.fence} came too late",
                 instance=self.name,
@@ -211,7 +211,7 @@ class Guest:
     # The guest may stop or start between the look at it and the write: then look again.
     @retry(retry=retry_if_exception_type(InvalidState), stop=stop_after_attempt(3), reraise=True)
     def claim(self, owner: Owner) -> None:
-        """Write `owner` into the running and the stored definition, durably. Raises FencedOff."""
+        """Write `owner` into the running and the stored definition, durably. Raises FenceTooLow."""
         self.check_fence(owner)
         flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG if self.is_persistent() else 0
         if self.is_active():

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import libvirt
 
-from worker.errors import HypervisorError, InstanceNotFound, NetworkNotFound, UnsupportedByHost
+from worker.errors import HypervisorError, InstanceNotFound, InvalidSpec, NetworkNotFound, UnsupportedByHost
 from worker.models import DomainConfig, Owner
 from worker.virt.connection import connected
 from worker.virt.domain_xml import domain_xml, marked, parse, redefined, serialized
@@ -32,6 +32,14 @@ class DomainCapabilities:
     efi: bool
     accel: Literal["kvm", "qemu"]
     max_vcpus: int
+
+    def require_vcpus(self, vcpus: int) -> None:
+        """Raise InvalidSpec for more than a guest can have here."""
+        if vcpus > self.max_vcpus:
+            allowed = f"at most {self.max_vcpus} for {self.machine} under {self.accel}"
+            raise InvalidSpec(
+                f"vcpus: allowed: {allowed} (given: {vcpus})", field="vcpus", given=vcpus, allowed=allowed
+            )
 
 
 class Host:
@@ -226,7 +234,7 @@ class Host:
     def define(self, config: DomainConfig) -> Guest:
         """Define `config`, or define it anew when its uuid is there already.
 
-        Raises FencedOff when a newer execution owns the domain, InstanceExists when another has the name.
+        Raises FenceTooLow when a newer execution owns the domain, InstanceExists when another has the name.
         """
         self._require_turn(config.owner)
         return self.define_xml(domain_xml(config), name=config.name)
@@ -234,13 +242,13 @@ class Host:
     def redefine(self, xml: str, config: DomainConfig) -> Guest:
         """Define `xml`, a definition as `Guest.xml(inactive=True)` gave it, with the sizes and places of `config`.
 
-        Raises FencedOff, InstanceExists, DomainRejected.
+        Raises FenceTooLow, InstanceExists, DomainRejected.
         """
         self._require_turn(config.owner)
         return self.define_xml(redefined(xml, config), name=config.name)
 
     def restore(self, xml: str, owner: Owner) -> Guest:
-        """Define `xml` as it was, for `owner`. Raises FencedOff, InstanceExists, DomainRejected."""
+        """Define `xml` as it was, for `owner`. Raises FenceTooLow, InstanceExists, DomainRejected."""
         self._require_turn(owner)
         return self.define_xml(marked(xml, owner), name=owner.name)
 

@@ -1,11 +1,13 @@
 -- Become the one executor of a step, with a fence higher than every earlier one.
--- KEYS: 1 operation, 2 lease, 3 ATTENTION, 4 FENCE, 5 undo
--- ARGV: 1 id, 2 step, 3 worker, 4 token, 5 time to live in ms, 6 'run' or 'undo'
--- Returns {'yours', fence, attempt} | {'done'} | {'leased'} | {'early'} | {'cancel'} | {'ended'} | {'gone'}
-local time = redis.call('TIME')
-local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
+-- KEYS: 1 operation, 2 lease, 3 ATTENTION, 4 FENCE, 5 undo, 6 claim, 7 waiting
+-- ARGV: 1 id, 2 step, 3 worker, 4 token, 5 time to live in ms, 6 'run' or 'undo', 7 newest form of a record that the
+--       worker knows, 8 key prefix of operations
+-- Returns {'yours', fence, attempt} | {'done'} | {'leased'} | {'early'} | {'cancel'} | {'ended'} | {'gone'} |
+-- {'newer'} | {'unowned'}
+local now = seconds()
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return { 'gone' } end
+if tonumber(redis.call('HGET', KEYS[1], 'schema') or '1') > tonumber(ARGV[7]) then return { 'newer' } end
 local function state_of(key) return redis.call('HGET', KEYS[1], 'step:' .. key .. ':state') end
 local field = 'step:' .. ARGV[2] .. ':'
 local step = state_of(ARGV[2])
@@ -47,7 +49,15 @@ if not is_its_turn() then return { 'early' } end
 -- A message that lingered from before a retry was put off must not run ahead of its time.
 if step == 'retry' and tonumber(redis.call('HGET', KEYS[1], field .. 'due')) > now + 0.05 then return { 'early' } end
 
-local fence = math.max(tonumber(redis.call('GET', KEYS[4]) or '0') + 1, tonumber(time[1]) * 1000000 + tonumber(time[2]))
+-- A claim that Redis has lost is taken again; one that another took in the meantime is waited for.
+local owner = owner_of(KEYS[6], ARGV[8])
+if owner and owner ~= ARGV[1] then
+  if not redis.call('LPOS', KEYS[7], ARGV[1]) then redis.call('RPUSH', KEYS[7], ARGV[1]) end
+  return { 'unowned' }
+end
+redis.call('SET', KEYS[6], ARGV[1])
+
+local fence = math.max(tonumber(redis.call('GET', KEYS[4]) or '0') + 1, math.floor(now * 1e6))
 fence = string.format('%.0f', fence)
 redis.call('SET', KEYS[4], fence)
 redis.call('SET', KEYS[2], ARGV[4], 'PX', ARGV[5])

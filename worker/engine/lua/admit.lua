@@ -3,20 +3,14 @@
 -- ARGV: 1 id, 2 digest, 3 seconds until the reaper looks, 4 '1' to wait for a busy instance, 5 key prefix of
 --       operations, 6.. field, value, ...
 -- Returns {'admitted', state} | {'exists', digest} | {'busy', owner}
-local now = redis.call('TIME')
-now = tonumber(now[1]) + tonumber(now[2]) / 1e6
-local ended = { succeeded = 1, failed = 1, cancelled = 1, rejected = 1, stuck = 1 }
+local now = seconds()
 
 local state = redis.call('HGET', KEYS[1], 'state')
 if state and state ~= 'rejected' then
   return { 'exists', redis.call('HGET', KEYS[1], 'digest') }
 end
 
-local owner = redis.call('GET', KEYS[2])
-if owner and owner ~= ARGV[1] then
-  local held = redis.call('HGET', ARGV[5] .. owner, 'state')
-  if not held or ended[held] then owner = false end
-end
+local owner = owner_of(KEYS[2], ARGV[5])
 state = 'queued'
 if owner and owner ~= ARGV[1] then
   if ARGV[4] ~= '1' then return { 'busy', owner } end

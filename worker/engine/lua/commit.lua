@@ -3,9 +3,7 @@
 -- ARGV: 1 id, 2 step, 3 token, 4 fence, 5 outcome (done | retry | failed), 6 seconds until the reaper looks,
 --       7 verdict ('' or the state the operation ends in once it is undone), 8.. field, value of the step
 -- Returns 'ok' | 'refused' | 'gone'
-local ended = { succeeded = 1, failed = 1, cancelled = 1, rejected = 1, stuck = 1 }
-local now = redis.call('TIME')
-now = tonumber(now[1]) + tonumber(now[2]) / 1e6
+local now = seconds()
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return 'gone' end
 local field = 'step:' .. ARGV[2] .. ':'
@@ -14,7 +12,7 @@ if fence < tonumber(ARGV[4]) then return 'gone' end -- see renew.lua
 if fence > tonumber(ARGV[4]) then return 'refused' end
 local step = redis.call('HGET', KEYS[1], field .. 'state')
 if step == ARGV[5] then return 'ok' end -- the first answer was lost on its way
-if step ~= 'running' or ended[state] then return 'refused' end
+if step ~= 'running' or ENDED[state] then return 'refused' end
 
 redis.call('HSET', KEYS[1], field .. 'state', ARGV[5])
 redis.call('HINCRBY', KEYS[4], 'step:' .. string.match(ARGV[2], '^[^.:]+') .. ':' .. ARGV[5], 1)

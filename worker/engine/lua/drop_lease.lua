@@ -2,8 +2,7 @@
 -- KEYS: 1 operation, 2 lease   ARGV: 1 step
 -- Returns '1' when it is gone, '' when the step runs
 if redis.call('HGET', KEYS[1], 'step:' .. ARGV[1] .. ':state') == 'running' then
-  local ended = { succeeded = 1, failed = 1, cancelled = 1, rejected = 1, stuck = 1 }
-  if not ended[redis.call('HGET', KEYS[1], 'state')] then return '' end
+  if not ENDED[redis.call('HGET', KEYS[1], 'state')] then return '' end
 end
 redis.call('DEL', KEYS[2])
 return '1'

@@ -3,7 +3,6 @@
 local asked = redis.call('ZSCORE', KEYS[1], ARGV[1])
 if not asked then return end
 asked = tonumber(asked)
-local now = redis.call('TIME')
-now = tonumber(now[1]) + tonumber(now[2]) / 1e6
+local now = seconds()
 local at = now + tonumber(ARGV[2])
 if asked <= now or asked > at then redis.call('ZADD', KEYS[1], at, ARGV[1]) end

@@ -2,8 +2,7 @@
 -- KEYS: 1 operation, 2 OPERATIONS   ARGV: 1 id, 2 seconds to keep it, 3.. field, value, ...
 local state = redis.call('HGET', KEYS[1], 'state')
 if state and state ~= 'rejected' then return '' end
-local now = redis.call('TIME')
-now = tonumber(now[1]) + tonumber(now[2]) / 1e6
+local now = seconds()
 redis.call('DEL', KEYS[1])
 for i = 3, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 local stamp = string.format('%.6f', now)

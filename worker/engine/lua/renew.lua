@@ -1,7 +1,6 @@
 -- Keep a lease. A lease that expired while nobody took the step over (Redis was away) is taken back.
 -- KEYS: 1 operation, 2 lease, 3 stopping   ARGV: 1 step, 2 token, 3 fence, 4 time to live in ms
 -- Returns {'held' | 'stop' | 'leave' | 'lost' | 'gone', '1' when a cancel was asked for}
-local ended = { succeeded = 1, failed = 1, cancelled = 1, rejected = 1, stuck = 1 }
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return { 'gone', '' } end
 local field = 'step:' .. ARGV[1] .. ':'
@@ -10,7 +9,7 @@ local holder = redis.call('GET', KEYS[2])
 local fence = tonumber(redis.call('HGET', KEYS[1], field .. 'fence') or '0')
 -- Fences only grow: one that is lower than ours was put back by a sibling that had not heard of us.
 if fence < tonumber(ARGV[3]) then return { 'gone', cancel } end
-if fence > tonumber(ARGV[3]) or ended[state] then return { 'lost', cancel } end
+if fence > tonumber(ARGV[3]) or ENDED[state] then return { 'lost', cancel } end
 if redis.call('HGET', KEYS[1], field .. 'state') ~= 'running' then return { 'lost', cancel } end
 if holder and holder ~= ARGV[2] then return { 'lost', cancel } end
 redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[4])

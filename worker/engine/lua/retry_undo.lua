@@ -1,15 +1,11 @@
 -- Let an operation whose undo failed try again: it owns its instance once more, and what failed may run once more.
--- KEYS: 1 operation, 2 claim, 3 undo, 4 ATTENTION   ARGV: 1 id, 2 key prefix of operations
+-- KEYS: 1 operation, 2 claim, 3 undo, 4 ATTENTION, 5 STUCK   ARGV: 1 id, 2 key prefix of operations
 -- Returns {'ok'} | {'state', state it is in instead of stuck} | {'busy', owner} | {'gone'}
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return { 'gone' } end
 if state ~= 'stuck' then return { 'state', state } end
-local ended = { succeeded = 1, failed = 1, cancelled = 1, rejected = 1, stuck = 1 }
-local owner = redis.call('GET', KEYS[2])
-if owner and owner ~= ARGV[1] then
-  local held = redis.call('HGET', ARGV[2] .. owner, 'state')
-  if held and not ended[held] then return { 'busy', owner } end
-end
+local owner = owner_of(KEYS[2], ARGV[2])
+if owner and owner ~= ARGV[1] then return { 'busy', owner } end
 redis.call('SET', KEYS[2], ARGV[1])
 for i = 0, redis.call('LLEN', KEYS[3]) - 1 do
   local field = 'step:undo:' .. i .. ':'
@@ -20,5 +16,6 @@ for i = 0, redis.call('LLEN', KEYS[3]) - 1 do
 end
 redis.call('HSET', KEYS[1], 'state', 'undoing')
 redis.call('HDEL', KEYS[1], 'ended_at')
+redis.call('ZREM', KEYS[5], ARGV[1])
 redis.call('ZADD', KEYS[4], redis.call('TIME')[1], ARGV[1])
 return { 'ok' }

@@ -1,8 +1,7 @@
 -- Let a Celery task's result be the final record of an operation.
 -- KEYS: 1 operation, 2 waiters   ARGV: 1 task id and worker
 -- Returns '1' when it will be told, '' when the operation has ended already
-local ended = { succeeded = 1, failed = 1, cancelled = 1, rejected = 1, stuck = 1 }
 local state = redis.call('HGET', KEYS[1], 'state')
-if not state or ended[state] then return '' end
+if not state or ENDED[state] then return '' end
 redis.call('RPUSH', KEYS[2], ARGV[1])
 return '1'
