@@ -108,6 +108,13 @@ class OutOfMemory(Retryable):
     default_hint = "Free memory on the host, or spawn on another one."
 
 
+class GuestHung(Retryable):
+    """QEMU does not answer libvirt: what was asked of the guest may or may not happen."""
+
+    code = "guest_hung"
+    default_hint = "Take its power away: virtfleet power off NAME --timeout 0"
+
+
 class FenceTooLow(Retryable):
     """The domain's mark has a higher fence than this execution. `details`: instance, fence, current_fence,
     current_operation.
@@ -289,13 +296,6 @@ class SnapshotDamaged(Permanent):
 
     code = "snapshot_damaged"
     default_hint = "Look at the host's storage and log, and take it again."
-
-
-class GuestHung(Permanent):
-    """QEMU does not answer libvirt: what was asked of the guest may or may not happen."""
-
-    code = "guest_hung"
-    default_hint = "Take its power away: virtfleet power off NAME --timeout 0"
 
 
 class DomainRejected(Permanent):

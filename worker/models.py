@@ -355,12 +355,16 @@ class SnapshotEntry(Frozen):
 
 
 class Owner(Frozen):
-    """Whose a domain is: kept in the domain's metadata, so that the host itself can refuse a stale owner."""
+    """Whose a domain is: kept in the domain's metadata, so that the host itself can refuse a stale owner.
+
+    `started` is set in the mark of a guest that this operation itself has started.
+    """
 
     name: str
     uuid: UUID
     operation: str
     fence: int
+    started: bool = False
 
 
 class DomainConfig(Frozen):

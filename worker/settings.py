@@ -61,7 +61,9 @@ class Settings(BaseSettings):
     root_disk: RootDisk = Field("overlay", description="How root disks are made from images.")
     reserve_bytes: int = Field(GIB // 4, ge=0, description="Space in the data directory that is never used up.")
 
-    control_slots: int = Field(8, ge=1, description="Short calls at a time per host (threads).")
+    control_slots: int = Field(
+        64, ge=1, description="Short calls and waits at a time per host (threads, made as they are needed)."
+    )
     disk_slots: int = Field(2, ge=1, description="Copies, converts and snapshots at a time per host (processes).")
 
     address: str | None = Field(

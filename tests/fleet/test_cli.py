@@ -81,18 +81,37 @@ def test_errors_are_json_too(command: Commands) -> None:
 def test_a_failed_operation_ends_with_1_and_says_what_where_why_and_what_was_undone(
     command: Commands, wanted: dict[str, Any]
 ) -> None:
-    broken = ("spawn", wanted["name"], "--host=hosta", f"--image={wanted['image']}", "--memory=64", "--accel=kvm")
+    silent = ("--wait-for=console", "--console-line=never said", "--ready-timeout=0.5")
+    broken = ("spawn", wanted["name"], "--host=hosta", f"--image={wanted['image']}", "--memory=64", *silent)
     done = command(*broken)
     assert done.returncode == 1
     said = done.stdout + done.stderr
-    assert "[unsupported_by_host]" in said
-    assert "step spawn_instance on hosta" in said
+    assert "[guest_not_ready]" in said
+    assert "step wait_ready on hosta" in said
     assert "Undone: remove_domain, remove_files" in said
     as_json = command(*broken, "--json")
     assert as_json.returncode == 1
     record = json.loads(as_json.stdout)
-    assert (record["state"], record["error"]["code"]) == ("failed", "unsupported_by_host")
-    assert record["request"]["accel"] == "kvm"
+    assert (record["state"], record["error"]["code"]) == ("failed", "guest_not_ready")
+    assert record["request"]["console_line"] == "never said"
+
+
+def test_what_the_host_cannot_give_is_found_before_anything_is_made(command: Commands, wanted: dict[str, Any]) -> None:
+    asked = ("spawn", wanted["name"], "--host=hosta", f"--image={wanted['image']}", "--memory=64")
+    many = command(*asked, "--vcpus=1000")
+    assert many.returncode == 2
+    assert "vcpus: allowed: at most" in many.stderr
+    accelerated = command(*asked, "--accel=kvm", "--json")
+    assert accelerated.returncode == 1
+    record = json.loads(accelerated.stdout)
+    assert (record["error"]["code"], record["undo"]) == ("unsupported_by_host", [])
+
+
+def test_wrong_usage_is_told_in_json_too(command: Commands) -> None:
+    for wrong in (("spawn", "--json"), ("operations", "--json", "--limit=none"), ("nosuch", "--json")):
+        done = command(*wrong)
+        assert done.returncode == 2
+        assert json.loads(done.stdout)["error"]["message"]
 
 
 def test_an_accepted_operation_can_be_watched_later(command: Commands, spawn: Spawn) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,11 @@ import pytest
 from tests.fleet.conftest import Spawn
 from tests.fleet.parts import Commands, Record, Scheduler, domains, libvirt_of, virsh
 from tests.lab import LabHost, wait_until
+from worker.compute import power
+from worker.compute.local import LocalHost, LocalInstance
+from worker.compute.power import BY_FORCE
+from worker.context import Alone
+from worker.settings import Settings
 
 READY = "virtfleet-guest ready"
 
@@ -151,3 +159,59 @@ def test_an_unknown_instance_is_refused(scheduler: Scheduler, command: Commands,
     assert done.returncode == 2
     assert "nobody" in done.stderr
     assert "virtfleet instances" in done.stderr
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def on_host(host: LabHost, record: Record) -> LocalInstance:
+    """The instance as verbs see it that run beside the fleet."""
+    settings = Settings(data_dir=host.data, libvirt_uri=host.uri)
+    return LocalInstance(LocalHost(host.name, settings), record["instance"], record["uuid"])
+
+
+def test_a_reboot_that_is_tried_again_reboots_once(host: LabHost, spawn: Spawn) -> None:
+    """As when its worker dies after the guest was started, and before that is put down."""
+    record = spawn()
+    fence = int(time.time() * 1e6)
+    first, again = (Alone("op-reboot", fence + attempt) for attempt in (1, 2))
+    assert power.reboot(on_host(host, record), BY_FORCE, first).note == "powered off by force, then started"
+    with libvirt_of(host) as connection:
+        domain = connection.lookupByName(record["instance"])
+        started = domain.ID()
+        assert "by an attempt whose worker died" in power.reboot(on_host(host, record), BY_FORCE, again).note
+        assert domain.ID() == started
+        power.reboot(on_host(host, record), BY_FORCE, Alone("op-another", fence + 3))
+        assert connection.lookupByName(record["instance"]).ID() != started
+
+
+def test_a_fence_from_a_redis_that_was_lost_is_outgrown(host: LabHost, scheduler: Scheduler, spawn: Spawn) -> None:
+    record = spawn()
+    ahead = int(time.time() * 1e6) + 10**12
+    power.pause(on_host(host, record), Alone("op-elsewhere", ahead))
+    assert note(scheduler.call("resume", instance=record["instance"])) == "resumed"
+
+
+def test_a_qemu_that_hangs_is_waited_for_and_holds_nobody_else_up(
+    host: LabHost, scheduler: Scheduler, command: Commands, spawn: Spawn
+) -> None:
+    name, other = spawn()["instance"], spawn()["instance"]
+    pid = host.qemu_pid(name)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        paused = scheduler.send("pause", instance=name, operation_id=f"hung-{name}")
+
+        def error() -> dict[str, Any]:
+            record = json.loads(command("operation", f"hung-{name}", "--json").stdout)
+            return record["steps"][0]["error"] or {}
+
+        assert note(scheduler.call("pause", instance=other)) == "paused"
+        told = wait_until(error, 40, "the step gives this attempt up")
+        assert (told["code"], told["attempts"]) == ("guest_hung", 5)
+        found = {one["code"] for one in json.loads(command("doctor", "--json").stdout)["findings"]}
+        assert "guest_hung" in found or "state_lock_busy" in found
+        assert "host_not_examined" not in found
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert paused.get(timeout=60)["state"] == "succeeded"
+    assert state_of(host, name) == "paused"

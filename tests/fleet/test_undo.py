@@ -27,20 +27,12 @@ def undone(record: Record) -> list[tuple[str, str]]:
     return [(entry["action"], entry["state"]) for entry in record["undo"]]
 
 
-@pytest.mark.parametrize(
-    ("broken", "code"),
-    [
-        pytest.param({"vcpus": 1024}, "unsupported_by_host", id="more-vcpus-than-the-machine-can-have"),
-        pytest.param({"accel": "kvm"}, "unsupported_by_host", id="an-accelerator-the-host-lacks"),
-    ],
-)
-def test_a_domain_that_cannot_be_is_undone(
-    fleet: Fleet, host: LabHost, spawn: Spawn, broken: dict[str, Any], code: str
-) -> None:
+def test_a_guest_that_cannot_be_started_is_undone(fleet: Fleet, host: LabHost, spawn: Spawn) -> None:
+    """Here because an interface that is no bridge takes no port, which libvirt finds out as it starts the guest."""
     before = files(host.data / "images")
-    record = spawn(**broken)
+    interfaces = [one.name for one in Path("/sys/class/net").iterdir() if not (one / "bridge").exists()]
+    record = spawn(networks=[f"bridge:{next(name for name in interfaces if name != 'lo')}"])
     assert record["state"] == "failed"
-    assert record["error"]["code"] == code
     assert (record["error"]["step"], record["error"]["host"]) == ("spawn_instance", "hosta")
     assert undone(record) == UNDONE
     assert remains(fleet) == {}

@@ -77,9 +77,9 @@ class LocalInstance:
         if path.exists() and [entry.name for entry in path.iterdir()] == [self.folder.lock.name]:
             remove_tree(path, self.local.data.instances)
 
-    def owner(self, ctx: Context) -> Owner:
+    def owner(self, ctx: Context, *, started: bool = False) -> Owner:
         """The mark that a step leaves in the domain's metadata when it changes something."""
-        return Owner(name=self.name, uuid=UUID(self.uuid), operation=ctx.operation, fence=ctx.fence)
+        return Owner(name=self.name, uuid=UUID(self.uuid), operation=ctx.operation, fence=ctx.fence, started=started)
 
 
 def require_ours(guest: Guest, *, foreign: bool = False) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from worker.compute.local import LocalInstance, require_ours
 from worker.context import Context
 from worker.errors import Cancelled, GuestHung, InvalidState
-from worker.models import Frozen, PowerState
+from worker.models import Frozen, Owner, PowerState
 from worker.virt.guest import Guest
 
 POLL = 0.2
@@ -27,14 +27,14 @@ class PowerChange(Frozen):
 
 
 @contextmanager
-def _guest(instance: LocalInstance, ctx: Context) -> Iterator[tuple[Guest, bool]]:
-    """The instance's guest, marked as this step's; and whether this operation had begun with it before."""
+def _guest(instance: LocalInstance, ctx: Context) -> Iterator[tuple[Guest, Owner | None]]:
+    """The instance's guest, marked as this step's; and the mark of an earlier attempt of this operation."""
     with instance.owned(ctx), instance.local.libvirt() as host:
         guest = host.guest(instance.uuid)
         require_ours(guest)
-        owner = guest.owner()
-        begun = owner is not None and owner.operation == ctx.operation
-        guest.claim(instance.owner(ctx))
+        mark = guest.owner()
+        begun = mark if mark and mark.operation == ctx.operation else None
+        guest.claim(instance.owner(ctx, started=begun is not None and begun.started))
         yield guest, begun
 
 
@@ -89,16 +89,20 @@ def restore(instance: LocalInstance, before: PowerState, ctx: Context) -> PowerC
 def reboot(instance: LocalInstance, patience: Patience, ctx: Context) -> PowerChange:
     """Shut the guest down, by force when it does not react in time, and start it again.
 
-    A worker that died between the two left the guest off: trying again starts it.
+    A worker that died between the two left the guest off: trying again starts it. One that died after both had left
+    its mark: the guest is not shut down once more.
     """
     with _guest(instance, ctx) as (guest, begun):
         before = guest.power()
         if before is PowerState.SAVED or (before is PowerState.OFF and not begun):
             raise _not_on(instance, before, "reboot")
+        if begun and begun.started and before is PowerState.RUNNING:
+            return PowerChange(before=before, after=before, note="started by an attempt whose worker died")
         ctx.undo("power_on", name=instance.name, uuid=instance.uuid)
         note = "off already"
         if before is not PowerState.OFF:
             note = _take_down(guest, before, patience, ctx)
+        guest.claim(instance.owner(ctx, started=True))
         guest.start()
         return PowerChange(before=before, after=guest.power(), note=f"{note}, then started")
 

@@ -215,7 +215,10 @@ def _domain(config: DomainConfig) -> _Element:
 
 
 def _owner(maker: _Maker, owner: Owner) -> _Element:
-    return maker.instance(name=owner.name, uuid=str(owner.uuid), operation=owner.operation, fence=str(owner.fence))
+    started = {"started": "true"} if owner.started else {}
+    return maker.instance(
+        name=owner.name, uuid=str(owner.uuid), operation=owner.operation, fence=str(owner.fence), **started
+    )
 
 
 def _os(config: DomainConfig) -> _Element:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,13 +19,13 @@ from worker.errors import (
     AgentUnresponsive,
     Cancelled,
     FenceTooLow,
-    GuestHung,
     InstanceNotFound,
     InvalidState,
     Permanent,
     UnsupportedByHost,
 )
 from worker.models import GuestDisk, Owner, PowerState
+from worker.virt.bounded import bounded
 from worker.virt.domain_xml import NAMESPACE, PREFIX, accel_of, owner_xml, parse, parse_disks, parse_owner, with_cpu_of
 from worker.virt.faults import translated
 
@@ -52,9 +50,6 @@ _JOBS = {
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "commit",
 }
 
-ANSWER_SECONDS = 15.0
-"""How long QEMU may take to answer; a healthy one does within milliseconds, a busy one within a second or two."""
-
 _JOB_POLL = 0.1  # seconds; a look costs 0.5 ms
 _ABORT_PATIENCE = 10.0  # seconds
 
@@ -78,7 +73,7 @@ class Guest:
     """A domain on one host. Every method raises the errors of `worker.errors` only."""
 
     def __init__(self, domain: libvirt.virDomain, host: str) -> None:
-        self._domain = domain
+        self._domain = bounded(domain, host)
         self._host = host
 
     def __repr__(self) -> str:
@@ -104,7 +99,7 @@ class Guest:
 
     @property
     def domain(self) -> libvirt.virDomain:
-        """libvirt's own handle, for the modules of `worker.virt` only."""
+        """libvirt's handle, with bounded calls, for the modules of `worker.virt` only."""
         return self._domain
 
     # --- what it is ---------------------------------------------------------------------------------------
@@ -219,32 +214,6 @@ class Guest:
         with self._trying_to("claim"):
             self._domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, owner_xml(owner), PREFIX, NAMESPACE, flags)
 
-    def _asked_of_qemu(self, call: Callable[[], object]) -> None:
-        """Make a call that QEMU has to answer, in a thread that may be left behind.
-
-        libvirtd goes on answering keepalives while it waits for a QEMU that hangs (seen with SIGSTOP), and has no bound
-        of its own. Raises GuestHung after ANSWER_SECONDS.
-        """
-        outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-
-        def run() -> None:
-            try:
-                call()
-            except Exception as error:  # noqa: BLE001 - handed over to the thread that waits
-                outcome.put(error)
-            else:
-                outcome.put(None)
-
-        threading.Thread(target=run, name=f"ask {self.name}", daemon=True).start()
-        try:
-            error = outcome.get(timeout=ANSWER_SECONDS)
-        except queue.Empty:
-            raise GuestHung(
-                f"QEMU of {self.name} on host {self._host} did not answer within {ANSWER_SECONDS:.0f} s"
-            ) from None
-        if error is not None:
-            raise error
-
     # --- power --------------------------------------------------------------------------------------------
 
     def start(self, *, paused: bool = False) -> None:
@@ -262,7 +231,7 @@ class Guest:
         if agent:
             flags |= libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT
         with self._towards("shut down", *_INACTIVE):
-            self._asked_of_qemu(lambda: self._domain.shutdownFlags(flags))
+            self._domain.shutdownFlags(flags)
 
     def destroy(self, *, graceful: bool = False) -> None:
         """Take the power away; off already or gone is success.
@@ -280,17 +249,17 @@ class Guest:
         if agent:
             flags |= libvirt.VIR_DOMAIN_REBOOT_GUEST_AGENT
         with self._trying_to("reboot"):
-            self._asked_of_qemu(lambda: self._domain.reboot(flags))
+            self._domain.reboot(flags)
 
     def reset(self) -> None:
         """Press the reset button: the guest boots again at once. Raises InvalidState when it is off."""
         with self._trying_to("reset"):
-            self._asked_of_qemu(self._domain.reset)
+            self._domain.reset()
 
     def pause(self) -> None:
         """Stop the guest's CPUs; paused already is success. Raises InvalidState when it is off."""
         with self._towards("pause", PowerState.PAUSED):
-            self._asked_of_qemu(self._domain.suspend)
+            self._domain.suspend()
 
     def resume(self) -> None:
         """Let a paused or sleeping guest run; running already is success. InvalidState when it is off."""

@@ -8,7 +8,7 @@ from functools import partial
 
 from worker.compute.doctor import leftovers
 from worker.compute.local import LocalHost
-from worker.errors import InstanceNotFound, NotOurs
+from worker.errors import GuestHung, InstanceNotFound, NotOurs, StateLockBusy
 from worker.findings import Severity, Suspect, suspect
 from worker.images.files import locked
 from worker.models import Owner
@@ -25,6 +25,9 @@ def examine(local: LocalHost, guest: Guest, *, has_files: bool) -> Iterator[Susp
             yield from _examine(local, guest, owner, has_files=has_files)
     except InstanceNotFound:
         return  # destroyed while it was looked at
+    except (GuestHung, StateLockBusy) as error:
+        what, remedy = f"domain {guest.name!r} could not be examined to the end: {error.message}", error.hint
+        yield suspect(Severity.ERROR, error.code, what, where=guest.name, remedy=remedy)
     except NotOurs as error:
         yield suspect(
             Severity.WARNING,

@@ -1,0 +1,67 @@
+"""Calls that QEMU itself has to answer, bounded: libvirt waits for a QEMU that hangs as long as it takes.
+
+libvirtd goes on answering keepalives meanwhile (seen with a QEMU under SIGSTOP), so the connection's bound is none.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import libvirt
+
+from worker.errors import GuestHung
+
+ANSWER_SECONDS = 15.0
+"""How long QEMU may take to answer; a healthy one does within milliseconds, a busy one within a second or two."""
+
+ANSWERED_BY_QEMU = frozenset(
+    {
+        *("shutdownFlags", "reboot", "reset", "suspend", "resume", "pMWakeup"),
+        *("blockJobInfo", "blockJobAbort", "blockCopy"),
+        *("backupBegin", "jobStats", "abortJob"),
+    }
+)
+"""Calls of a domain that end at QEMU's monitor, and soon. Those that take their time there (save, destroy) have a
+bound of libvirt's own, or somebody who follows them."""
+
+
+class _Bounded:
+    """A domain that raises GuestHung when QEMU leaves a call unanswered; else as libvirt made it."""
+
+    def __init__(self, domain: libvirt.virDomain, host: str) -> None:
+        self._domain = domain
+        self._host = host
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._domain, name)
+        return partial(self._ask, attribute) if name in ANSWERED_BY_QEMU else attribute
+
+    def _ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Make the call in a thread that may be left behind: it ends with QEMU, or with its connection."""
+        outcome: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                outcome.put((call(*arguments), None))
+            except Exception as error:  # noqa: BLE001 - handed over to the thread that waits
+                outcome.put((None, error))
+
+        threading.Thread(target=run, name=f"ask {self._domain.name()}", daemon=True).start()
+        try:
+            answer, error = outcome.get(timeout=ANSWER_SECONDS)
+        except queue.Empty:
+            raise GuestHung(
+                f"QEMU of {self._domain.name()} on host {self._host} did not answer within {ANSWER_SECONDS:.0f} s"
+            ) from None
+        if error is not None:
+            raise error
+        return answer
+
+
+def bounded(domain: libvirt.virDomain, host: str) -> libvirt.virDomain:
+    """The domain, with its calls to QEMU bounded."""
+    return cast("libvirt.virDomain", _Bounded(domain, host))
