@@ -188,6 +188,17 @@ def kill_guest(site: Site, operation: str) -> None:
         site.host.kill_guest(name)
 
 
+def freeze_guest(site: Site, operation: str) -> None:
+    """QEMU answers nobody for a while, as on a host whose storage hangs."""
+    name = site.client.journal.read(operation).instance
+    with suppress(LabError, ProcessLookupError):
+        pid = wait_until(lambda: _qemu(site, name), 3, f"QEMU of {name} runs")
+        assert pid
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(site.freeze_seconds)
+        os.kill(pid, signal.SIGCONT)
+
+
 def _qemu(site: Site, name: str) -> int | None:
     with suppress(LabError):
         return site.host.qemu_pid(name)
@@ -268,6 +279,7 @@ FAULTS = (
     Fault("messages doubled", deliver_twice, early=True),
     Fault("disk full", fill_disk, as_root=True),
     Fault("SIGKILL QEMU", kill_guest, harmless=False, may_leave=OFF),
+    Fault("SIGSTOP QEMU", freeze_guest, harmless=False),
     Fault("cancel", cancel, harmless=False, limit=2.0),
 )
 

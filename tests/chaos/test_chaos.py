@@ -49,6 +49,7 @@ CHOSEN = [
     ("resize", "SIGKILL pool child", "plan_resize", 0.3),
     ("snapshot by backup", "SIGKILL disk worker", "reserve_space", 0.3),
     ("snapshot by backup", "SIGKILL pool child", "live_snapshot", 0.3),
+    ("snapshot by backup", "SIGSTOP QEMU", "live_snapshot", 0.3),
     ("snapshot by backup", "FLUSHALL", "extract_snapshot", 0.3),
     ("snapshot by backup", "SIGKILL disk worker", "publish_snapshot", 0.3),
     ("snapshot cold", "SIGKILL control worker", "note_power", 0.3),

@@ -20,7 +20,7 @@ from worker.app import app
 from worker.engine.canvas import Canvas
 from worker.engine.kinds import Operation
 from worker.engine.operation import operation
-from worker.engine.registry import Registry
+from worker.engine.registry import HostRecord, Registry, registry
 from worker.engine.requests import Request, Target
 from worker.engine.step import Retries, step
 from worker.engine.step_context import StepContext
@@ -294,6 +294,11 @@ def deliver_twice() -> None:
     channel._put = put_twice
 
 
+def introduce(host: str) -> None:
+    """Make the host known; there is nothing on it to be found."""
+    registry().put_host(HostRecord(name=host, libvirt_uri="", data_dir=""))
+
+
 def main() -> None:
     """Run a worker that knows these operations: `control` or `disk`, and `twice` to have messages doubled."""
     kind, *options = sys.argv[1:]
@@ -302,4 +307,7 @@ def main() -> None:
         deliver_twice()
     app.conf.include = ["tests.integration.engine_tasks"]
     logs.configure("info")
-    run_worker("disk" if kind == "disk" else "control", [HOST], introduce=lambda _: None, loglevel="info")
+    if kind == "disk":
+        run_worker("disk", [HOST], introduce=lambda _: None, loglevel="info")
+    else:
+        run_worker("control", [HOST], introduce=introduce, loglevel="info")

@@ -18,6 +18,7 @@ from worker.engine import keys
 from worker.engine.intervention import cancel
 from worker.engine.operation import new_id, submit
 from worker.engine.record import Record, State
+from worker.engine.registry import registry
 from worker.errors import BrokerUnavailable
 
 BUSY = 3.0
@@ -193,6 +194,37 @@ def test_redis_loses_its_memory(kind: type[tasks.Asked], fleet: EngineFleet, eve
     if kind is tasks.ChainRequest:
         require_succeeded(fleet, events, record)
         assert {step.attempt for step in ended.steps.values()} == {1}
+
+
+def test_what_was_in_progress_when_redis_lost_its_memory_goes_before_new_wishes(
+    fleet: EngineFleet, events: Events
+) -> None:
+    """With both workers dead nobody but the host remembers it, and by then something else has been asked for."""
+    record = begin(tasks.ChainRequest, events)
+    for worker in fleet.workers.values():
+        worker.kill9()
+    fleet.redis.flushall()
+    later = submit(tasks.CallRequest(log=str(events.path), name=record.instance, seconds=0.1))
+    fleet.heal()
+    assert fleet.ended(record.id).state is State.SUCCEEDED
+    assert fleet.ended(later.id).state is State.SUCCEEDED
+    events.require_no_overlap()
+    lasts = {one: [line["at"] for line in events.lines() if line["operation"] == one] for one in (record.id, later.id)}
+    begun_after_loss = [at for at in lasts[record.id] if at > min(lasts[later.id])]
+    assert not begun_after_loss or min(begun_after_loss) > max(lasts[later.id]), "they took turns, one inside the other"
+
+
+def test_a_host_is_introduced_after_its_memory_is_back(fleet: EngineFleet, events: Events) -> None:
+    """So whoever asks for something of its instances meets the operations that were in progress."""
+    record = begin(tasks.ChainRequest, events)
+    for worker in fleet.workers.values():
+        worker.kill9()
+    fleet.redis.flushall()
+    for worker in fleet.workers.values():
+        worker.start()
+    wait_until(lambda: registry().knows(tasks.HOST), PATIENCE, "the host is introduced")
+    assert fleet.journal.find(record.id)
+    assert fleet.ended(record.id).state is State.SUCCEEDED
 
 
 def test_redis_loses_its_memory_and_what_is_undone_afterwards_is_complete(fleet: EngineFleet, events: Events) -> None:

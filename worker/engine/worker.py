@@ -19,6 +19,7 @@ from worker.engine import intervention  # noqa: F401 - makes its task, cancellin
 from worker.engine.journal import journal
 from worker.engine.metrics import serve_metrics
 from worker.engine.mirror import MirrorWatch
+from worker.engine.patience import patiently
 from worker.engine.reaper import Reaper
 from worker.engine.registry import WorkerKind, registry
 from worker.errors import BrokerUnavailable, FleetError
@@ -100,7 +101,7 @@ def run_worker(kind: WorkerKind, hosts: Sequence[str], *, introduce: Callable[[s
 
     def stopping(**_: Any) -> None:
         # In a thread: this runs within a signal handler, wherever the main thread happens to be.
-        threading.Thread(target=_step_back, args=[name, beside], name="stopping").start()
+        threading.Thread(target=_step_back, args=[name, beside], name="stopping", daemon=True).start()
 
     _stay(name)
 
@@ -122,10 +123,7 @@ def _step_back(name: str, beside: Sequence[Heartbeat | Reaper | MirrorWatch]) ->
     """Let running steps end, or hand over once the grace is over; Celery waits for them."""
     for companion in beside:
         companion.stop()
-    try:
-        journal().leave_from(name, get_settings().stop_grace)
-    except BrokerUnavailable as error:
-        log.warning("running steps cannot hand over: Redis is away", error=str(error))
+    patiently(journal().leave_from, name, get_settings().stop_grace)
 
 
 def _arguments(kind: WorkerKind, hosts: Sequence[str], name: str, loglevel: str) -> list[str]:
