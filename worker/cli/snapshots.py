@@ -9,8 +9,7 @@ from typer.core import TyperGroup
 
 from tasks.snapshot import SnapshotDeleteRequest, SnapshotRequest, SnapshotRestoreRequest
 from worker.cli import output
-from worker.cli.options import AsJson, Id, Instance, NoWait, WaitIfBusy
-from worker.cli.submit import submit
+from worker.cli.options import AsJson, Call, Instance, grouped
 from worker.client import Fleet
 from worker.images.files import human_size
 
@@ -36,6 +35,7 @@ SnapshotId = Annotated[str, typer.Argument(metavar="ID", help="Id of a snapshot:
 
 
 @app.command()
+@grouped
 def take(
     instance: Instance,
     method: Annotated[
@@ -54,56 +54,42 @@ def take(
         bool, typer.Option("--incremental", help="Only what changed since the last such one; the first is full.")
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="With --incremental: begin a new chain.")] = False,
-    operation_id: Id = None,
-    no_wait: NoWait = False,
-    wait_if_busy: WaitIfBusy = False,
-    as_json: AsJson = False,
+    *,
+    call: Call,
 ) -> None:
     """Take a snapshot of an instance; its id is the operation's."""
-    submit(
+    call.submit(
         SnapshotRequest,
-        no_wait=no_wait,
-        as_json=as_json,
         instance=instance,
         method=method,
-        disks=disk or [],
+        disks=disk,
         quiesce=quiesce,
         format=form,
         compress=compress,
         limit_mib=limit,
         incremental=incremental,
         full=full,
-        operation_id=operation_id,
-        wait_if_busy=wait_if_busy,
     )
 
 
 @app.command()
-def delete(
-    snapshot: SnapshotId,
-    operation_id: Id = None,
-    no_wait: NoWait = False,
-    wait_if_busy: WaitIfBusy = False,
-    as_json: AsJson = False,
-) -> None:
+@grouped
+def delete(snapshot: SnapshotId, call: Call) -> None:
     """Delete a snapshot. There is no way back."""
-    call = {"operation_id": operation_id, "wait_if_busy": wait_if_busy}
-    submit(SnapshotDeleteRequest, no_wait=no_wait, as_json=as_json, snapshot=snapshot, **call)
+    call.submit(SnapshotDeleteRequest, snapshot=snapshot)
 
 
 @app.command()
+@grouped
 def restore(
     snapshot: SnapshotId,
     name: Annotated[str, typer.Option("--as", metavar="NAME", help="Name of the new instance.")],
     host: Annotated[str | None, typer.Option(help="Host to run it on. Default: where the snapshot lies.")] = None,
-    operation_id: Id = None,
-    no_wait: NoWait = False,
-    wait_if_busy: WaitIfBusy = False,
-    as_json: AsJson = False,
+    *,
+    call: Call,
 ) -> None:
     """Make a new instance from a snapshot, with all the disks it holds."""
-    call = {"operation_id": operation_id, "wait_if_busy": wait_if_busy}
-    submit(SnapshotRestoreRequest, no_wait=no_wait, as_json=as_json, snapshot=snapshot, name=name, host=host, **call)
+    call.submit(SnapshotRestoreRequest, snapshot=snapshot, name=name, host=host)
 
 
 def snapshots(

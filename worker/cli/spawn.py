@@ -10,14 +10,14 @@ import typer
 from tasks.destroy import DestroyRequest
 from tasks.spawn import SpawnRequest
 from worker.cli import output
-from worker.cli.options import AsJson, ConsoleLine, Id, Instance, NoWait, ReadyTimeout, WaitFor, WaitIfBusy
-from worker.cli.submit import submit
+from worker.cli.options import Call, Instance, Readiness, grouped
 from worker.errors import InvalidSpec
 from worker.models import MAX_USER_DATA_BYTES
 
 SETTING = "Default: the host's setting."
 
 
+@grouped
 def spawn(
     name: Annotated[str, typer.Argument(help="Name of the new instance.")],
     host: Annotated[str, typer.Option(help="Host to run it on.")],
@@ -42,25 +42,19 @@ def spawn(
     user_data: Annotated[Path | None, typer.Option(help="File with cloud-init user-data.")] = None,
     network_config: Annotated[Path | None, typer.Option(help="File with cloud-init network config.")] = None,
     ssh_key: Annotated[list[Path] | None, typer.Option(help="File with a public key; may be repeated.")] = None,
-    wait_for: WaitFor = "running",
-    console_line: ConsoleLine = "",
-    ready_timeout: ReadyTimeout = 300.0,
-    operation_id: Id = None,
-    no_wait: NoWait = False,
-    wait_if_busy: WaitIfBusy = False,
-    as_json: AsJson = False,
+    *,
+    readiness: Readiness,
+    call: Call,
 ) -> None:
     """Make an instance from an image and start it."""
-    with output.errors_told(as_json=as_json):
+    with output.errors_told(as_json=call.as_json):
         texts = {
             "user_data": _read("user-data", user_data),
             "network_config": _read("network-config", network_config),
             "ssh_keys": [key for path in ssh_key or [] for key in _keys(path)],
         }
-    submit(
+    call.submit(
         SpawnRequest,
-        no_wait=no_wait,
-        as_json=as_json,
         name=name,
         host=host,
         image=image,
@@ -69,17 +63,13 @@ def spawn(
         memory_mib=memory,
         disk_gib=disk,
         swap_mib=swap,
-        ephemeral_gib=ephemeral or [],
-        networks=network or [],
+        ephemeral_gib=ephemeral,
+        networks=network,
         firmware=firmware,
         accel=accel,
         root_disk=root_disk,
         hostname=hostname,
-        wait_for=wait_for,
-        console_line=console_line,
-        ready_timeout=ready_timeout,
-        operation_id=operation_id,
-        wait_if_busy=wait_if_busy,
+        **vars(readiness),
         **texts,
     )
 
@@ -108,23 +98,13 @@ def _unreadable(option: str, path: Path, why: str) -> InvalidSpec:
     return InvalidSpec(message, field=option, given=str(path), allowed=allowed)
 
 
+@grouped
 def destroy(
     instance: Instance,
     host: Annotated[str | None, typer.Option(help="Where to look when the registry does not know it.")] = None,
     foreign: Annotated[bool, typer.Option("--foreign", help="Also a domain without the fleet's mark.")] = False,
-    operation_id: Id = None,
-    no_wait: NoWait = False,
-    wait_if_busy: WaitIfBusy = False,
-    as_json: AsJson = False,
+    *,
+    call: Call,
 ) -> None:
     """Remove an instance with its disks. There is no way back."""
-    submit(
-        DestroyRequest,
-        no_wait=no_wait,
-        as_json=as_json,
-        instance=instance,
-        host=host,
-        foreign=foreign,
-        operation_id=operation_id,
-        wait_if_busy=wait_if_busy,
-    )
+    call.submit(DestroyRequest, instance=instance, host=host, foreign=foreign)

@@ -20,7 +20,7 @@ Asked = TypeVar("Asked", bound=Request)
 def submit(kind: type[Asked], *, no_wait: bool, as_json: bool, **fields: Any) -> None:
     """Build the request from the fields that were given, submit it, follow it, and exit with its code."""
     with output.errors_told(as_json=as_json):
-        given = {name: value for name, value in fields.items() if value is not None}
+        given = {name: value for name, value in fields.items() if value not in (None, [])}  # else the default
         try:
             request = kind.model_validate(given)
         except ValidationError as error:
