@@ -21,42 +21,45 @@ from tests.lab import lab_folder
 NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk that is small enough to fill")
 
 # operation, fault, step, share of the step's usual time after which the fault strikes
-CHOSEN = [
-    ("spawn", "messages doubled", "admission", 0.0),
+QUICK = [
     ("spawn", "SIGKILL disk worker", "fetch_image", 0.5),
-    ("spawn", "SIGKILL pool child", "create_disks", 0.3),
-    ("spawn", "SIGTERM disk worker", "create_disks", 0.3),
     ("spawn", "disk full", "create_disks", 0.0),
-    ("spawn", "FLUSHALL", "build_seed", 0.5),
     ("spawn", "FLUSHALL, SIGKILL both", "spawn_instance", 0.5),
     ("spawn", "cancel", "spawn_instance", 0.5),
+    ("power_on", "SIGKILL libvirtd", "power_on", 0.3),
+    ("resume", "SIGKILL Redis", "resume", 0.1),
+    ("resize", "SIGKILL disk worker", "resize_disks", 0.5),
+    ("snapshot by backup", "SIGKILL pool child", "live_snapshot", 0.3),
+    ("snapshot cold", "SIGKILL control worker", "managed_save", 0.3),
+    ("destroy", "SIGKILL control worker", "destroy_instance", 0.5),
+]
+THOROUGH = [
+    ("spawn", "messages doubled", "admission", 0.0),
+    ("spawn", "SIGKILL pool child", "create_disks", 0.3),
+    ("spawn", "SIGTERM disk worker", "create_disks", 0.3),
+    ("spawn", "FLUSHALL", "build_seed", 0.5),
     ("spawn", "SIGKILL QEMU", "wait_ready", 0.0),
     ("spawn", "SIGKILL control worker", "undo", 0.0),
     ("spawn", "SIGSTOP disk worker", "create_disks", 0.3),
-    ("power_on", "SIGKILL libvirtd", "power_on", 0.3),
     ("power_off", "SIGKILL control worker", "power_off", 0.3),
     ("reboot", "SIGSTOP libvirtd", "reboot", 0.3),
     ("reboot", "SIGSTOP control worker", "reboot", 0.3),
     ("pause", "connections dropped", "pause", 0.3),
-    ("resume", "SIGKILL Redis", "resume", 0.1),
     ("power_on", "SIGSTOP Redis", "power_on", 0.1),
     ("pause", "Redis away for long", "pause", 0.1),
     ("reboot", "SIGTERM control worker", "reboot", 0.3),
-    ("resize", "SIGKILL disk worker", "resize_disks", 0.5),
     ("resize", "cancel", "redefine", 0.5),
     ("resize", "SIGKILL control worker", "finish_resize", 0.5),
     ("resize", "FLUSHALL", "shut_down", 0.5),
     ("resize", "SIGKILL pool child", "plan_resize", 0.3),
     ("snapshot by backup", "SIGKILL disk worker", "reserve_space", 0.3),
-    ("snapshot by backup", "SIGKILL pool child", "live_snapshot", 0.3),
     ("snapshot by backup", "SIGSTOP QEMU", "live_snapshot", 0.3),
     ("snapshot by backup", "FLUSHALL", "extract_snapshot", 0.3),
     ("snapshot by backup", "SIGKILL disk worker", "publish_snapshot", 0.3),
     ("snapshot cold", "SIGKILL control worker", "note_power", 0.3),
-    ("snapshot cold", "SIGKILL control worker", "managed_save", 0.3),
     ("snapshot cold", "SIGKILL control worker", "restore_power", 0.3),
-    ("destroy", "SIGKILL control worker", "destroy_instance", 0.5),
 ]
+CHOSEN = QUICK + THOROUGH
 
 
 Verdicts = dict[Round, "Future[Verdict]"]
@@ -95,7 +98,10 @@ def verdicts(request: pytest.FixtureRequest) -> Iterator[Verdicts]:
         pytest.param(
             Round(number, *row),
             id="-".join(row[:3]).replace(",", "").replace(" ", "_"),
-            marks=[NEEDS_ROOT] if faults.BY_NAME[row[1]].as_root else [],
+            marks=[
+                *([NEEDS_ROOT] if faults.BY_NAME[row[1]].as_root else []),
+                *([pytest.mark.thorough] if row in THOROUGH else []),
+            ],
         )
         for number, row in enumerate(CHOSEN)
     ],

@@ -192,6 +192,7 @@ def test_a_fence_from_a_redis_that_was_lost_is_outgrown(host: LabHost, scheduler
     assert note(scheduler.call("resume", instance=record["instance"])) == "resumed"
 
 
+@pytest.mark.thorough
 def test_a_qemu_that_hangs_is_waited_for_and_holds_nobody_else_up(
     host: LabHost, scheduler: Scheduler, command: Commands, spawn: Spawn
 ) -> None:

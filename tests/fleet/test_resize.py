@@ -48,7 +48,9 @@ def kept(xml: str) -> list[str]:
     return sorted(found for pattern in patterns for found in re.findall(pattern, xml))
 
 
-@pytest.mark.parametrize("root", ["overlay", "copy", "raw"])
+@pytest.mark.parametrize(
+    "root", ["overlay", *(pytest.param(root, marks=pytest.mark.thorough) for root in ("copy", "raw"))]
+)
 def test_the_guest_sees_its_new_sizes_and_keeps_its_data(lab: Lab, name: str, root: str) -> None:
     uuid = lab.spawn(name, "hosta", "--root-disk", root, "--ephemeral", "1", "--swap", "64", "--disk", "1")
     host = lab.fleet.hosts["hosta"]
@@ -124,6 +126,7 @@ def test_a_size_that_cannot_start_is_taken_back_and_the_guest_runs_as_before(lab
     assert strip.sub("", definition(host, name)) == strip.sub("", before)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("step", ["plan_resize", "shut_down", "resize_disks", "redefine", "finish_resize"])
 @pytest.mark.parametrize("fault", ["kill", "cancel"])
 def test_a_killed_worker_or_a_cancel_in_any_step_leaves_one_of_the_two(

@@ -25,6 +25,7 @@ def test_a_running_guest_goes_on_where_it_was(
     assert first - second in {0, 1}
 
 
+@pytest.mark.thorough
 def test_a_guest_that_is_off_stays_off(
     host: LabHost, spawn: Spawn, snapshot: Spawn, scheduler: Scheduler, real: Path
 ) -> None:
@@ -40,6 +41,7 @@ def test_a_guest_that_is_off_stays_off(
     assert (refused["state"], refused["error"]["code"]) == ("failed", "invalid_state")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("power", ["running", "paused"])
 def test_a_cancelled_one_brings_the_guest_back(
     host: LabHost, spawn: Spawn, scheduler: Scheduler, real: Path, power: str

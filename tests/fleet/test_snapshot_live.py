@@ -14,7 +14,7 @@ from tests.fleet.writer import WRITER, check_file_system, console, counters, goe
 from tests.lab import LabHost, wait_until
 
 
-@pytest.mark.parametrize("method", ["backup", "mirror"])
+@pytest.mark.parametrize("method", ["backup", pytest.param("mirror", marks=pytest.mark.thorough)])
 def test_all_disks_show_one_instant_with_clean_file_systems(
     host: LabHost, spawn: Spawn, snapshot: Spawn, scheduler: Scheduler, real: Path, tmp_path: Path, method: str
 ) -> None:
@@ -51,6 +51,7 @@ def test_all_disks_show_one_instant_with_clean_file_systems(
         scheduler.call("destroy", instance="again")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("root_disk", ["overlay", "copy", "raw"])
 @pytest.mark.parametrize("method", ["backup", "mirror", "cold"])
 def test_every_form_holds_what_the_disk_holds(
@@ -116,6 +117,7 @@ def test_a_paused_guest_stays_paused(host: LabHost, spawn: Spawn, snapshot: Spaw
         assert virsh(host, "domstate", guest["instance"]).strip() == "paused"
 
 
+@pytest.mark.thorough
 def test_a_limit_is_kept(spawn: Spawn, snapshot: Spawn, real: Path) -> None:
     guest = spawn(image=str(real))
     began = time.monotonic()

@@ -127,6 +127,7 @@ class Stoppable(Alone):
             raise Cancelled("stop")
 
 
+@pytest.mark.thorough
 def test_copies_wait_for_a_slot_on_the_other_host_and_can_be_cancelled_while_they_wait(
     host: LabHost, peer: Peer, copying: remote.Copying, source: Path, tmp_path: Path
 ) -> None:
