@@ -35,9 +35,13 @@ def choose(local: LocalHost, host: Host, wanted: Accel | None) -> Literal["kvm",
     if wanted != "auto":
         return wanted
     verdict = probe(local, host)
-    if not verdict.works:
-        log.warning("guests run without KVM, many times slower", host=local.name, reason=verdict.reason)
     return "kvm" if verdict.works else "qemu"
+
+
+def warn_of_none(local: LocalHost, host: Host, wanted: Accel | None) -> None:
+    """Say in the log that a guest for which KVM would have been chosen runs without it, and why."""
+    if (wanted or local.settings.accel) == "auto" and not (verdict := probe(local, host)).works:
+        log.warning("guests run without KVM, many times slower", host=local.name, reason=verdict.reason)
 
 
 def probe(local: LocalHost, host: Host) -> Verdict:

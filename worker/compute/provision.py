@@ -223,6 +223,7 @@ def spawn(instance: LocalInstance, spec: InstanceSpec, disks: DiskSet, ctx: Cont
         if guest is not None and guest.is_active():
             guest.claim(instance.owner(ctx))
             return guest.power()
+        accel.warn_of_none(instance.local, host, spec.accel)
         guest = host.define(domain_config(instance, host, spec, disks, instance.owner(ctx)))
         ctx.check()
         guest.start()

@@ -60,7 +60,7 @@ def execute(made: Step[Any], task: Any, operation_id: str, key: str, instance: s
         if lease is None:
             return _decline(task, book, answer, operation_id, key)
         with LeaseKeeper(book, lease) as keeper:
-            ctx = StepContext(patiently(book.read, operation_id), lease, keeper, book, task)
+            ctx = StepContext(keeper.record(), lease, keeper, book, task)
             with _logged(ctx):
                 ending = _attempt(made, ctx)
             committed = _commit(made, ctx, book, keeper, ending)

@@ -11,6 +11,7 @@ import structlog
 from worker.engine.journal import Journal, Lease
 from worker.engine.mirror import Copy, Mirror
 from worker.engine.patience import patiently
+from worker.engine.record import Record, parse
 from worker.errors import BrokerUnavailable, Cancelled, FencedOff, FleetError, HandedOver
 from worker.settings import get_settings
 
@@ -50,6 +51,10 @@ class LeaseKeeper:
         self._ended.set()
         # Not joined without bound: a renewal that hangs in a dead socket ends by its own timeout.
         self._thread.join(timeout=1)
+
+    def record(self) -> Record:
+        """The operation's record as it was when the step was taken."""
+        return parse(self.lease.operation, *self._dump)
 
     def check(self) -> None:
         """Raise `Cancelled` or `FencedOff` when the step must stop."""
