@@ -67,7 +67,13 @@ def shut_down_for(ctx: StepContext, patience: Patience, before: PowerState) -> P
     """Shut the guest down for an operation that, if it fails, brings its power back to what it was `before`."""
     instance = local_instance(ctx)
     ctx.undo("power_as_before", name=instance.name, uuid=instance.uuid, before=before.value)
-    return _registered(ctx, power.power_off(instance, patience, ctx))
+    return _registered(ctx, power.power_off(instance, patience, ctx, comes_back=True))
+
+
+@undoes("await_shutdown")
+def undo_request(ctx: StepContext, name: str, uuid: str, seconds: float) -> None:
+    """Wait whether a guest that was asked to shut down does, before it is started again."""
+    power.await_shutdown(LocalInstance(local_host(ctx), name, uuid), seconds, ctx)
 
 
 @undoes("power_as_before")

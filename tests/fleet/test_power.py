@@ -185,6 +185,20 @@ def test_a_reboot_that_is_tried_again_reboots_once(host: LabHost, spawn: Spawn) 
         assert connection.lookupByName(record["instance"]).ID() != started
 
 
+def test_a_cancelled_reboot_leaves_a_guest_that_runs(
+    host: LabHost, scheduler: Scheduler, command: Commands, spawn: Spawn, real: Path
+) -> None:
+    """It was asked to shut down, which nobody can take back: it goes off after the cancel."""
+    record = spawn(image=str(real), memory_mib=128, wait_for="console", console_line=READY)
+    name, operation = record["instance"], f"cancelled-{record['instance']}"
+    sent = scheduler.send("reboot", instance=name, operation_id=operation)
+    wait_until(lambda: "await_shutdown" in command("operation", operation, "--json").stdout, 10, "it is asked")
+    assert command("cancel", operation).returncode == 3
+    assert sent.get(timeout=60)["state"] == "cancelled"
+    assert state_of(host, name) == "running"
+    wait_until(lambda: boots(host, record) == 2, 60, "it has shut down and come up again")
+
+
 def test_a_fence_from_a_redis_that_was_lost_is_outgrown(host: LabHost, scheduler: Scheduler, spawn: Spawn) -> None:
     record = spawn()
     ahead = int(time.time() * 1e6) + 10**12

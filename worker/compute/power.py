@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from worker.compute.local import LocalInstance, require_ours
 from worker.context import Context
@@ -63,15 +64,19 @@ class Patience(Frozen):
 BY_FORCE = Patience(timeout=0)
 
 
-def power_off(instance: LocalInstance, patience: Patience, ctx: Context) -> PowerChange:
-    """Ask the guest to shut down; when it does not in time, take the power away."""
+def power_off(instance: LocalInstance, patience: Patience, ctx: Context, *, comes_back: bool = False) -> PowerChange:
+    """Ask the guest to shut down; when it does not in time, take the power away.
+
+    `comes_back`: if it is not to be, the guest has to run again, and so be waited for once it was asked.
+    """
     with _guest(instance, ctx) as (guest, _):
         before = guest.power()
         if before is PowerState.SAVED:
             return PowerChange(before=before, after=before, note="already off, its memory saved")
         if before is PowerState.OFF:
             return PowerChange(before=before, after=before, note="already off")
-        note = _take_down(guest, before, patience, ctx)
+        asking = partial(_await_undone, instance, patience, ctx) if comes_back else _nothing
+        note = _take_down(guest, before, patience, ctx, asking)
         return PowerChange(before=before, after=guest.power(), note=note)
 
 
@@ -101,7 +106,7 @@ def reboot(instance: LocalInstance, patience: Patience, ctx: Context) -> PowerCh
         ctx.undo("power_on", name=instance.name, uuid=instance.uuid)
         note = "off already"
         if before is not PowerState.OFF:
-            note = _take_down(guest, before, patience, ctx)
+            note = _take_down(guest, before, patience, ctx, partial(_await_undone, instance, patience, ctx))
         guest.claim(instance.owner(ctx, started=True))
         guest.start()
         return PowerChange(before=before, after=guest.power(), note=f"{note}, then started")
@@ -138,16 +143,34 @@ def _not_on(instance: LocalInstance, before: PowerState, verb: str) -> InvalidSt
     )
 
 
-def _take_down(guest: Guest, before: PowerState, patience: Patience, ctx: Context) -> str:
-    """Shut down in time or by force; how it went."""
+def await_shutdown(instance: LocalInstance, seconds: float, ctx: Context) -> None:
+    """Wait whether a guest does shut down that was asked to; what was asked by ACPI cannot be taken back."""
+    deadline = time.monotonic() + seconds
+    with instance.local.libvirt() as host:
+        guest = host.find_uuid(instance.uuid)
+        while guest and guest.power() is PowerState.RUNNING and time.monotonic() < deadline:
+            ctx.progress(0, None, "the guest was asked to shut down: waiting whether it does")
+            time.sleep(POLL)
+
+
+def _await_undone(instance: LocalInstance, patience: Patience, ctx: Context) -> None:
+    ctx.undo("await_shutdown", name=instance.name, uuid=instance.uuid, seconds=patience.timeout)
+
+
+def _nothing() -> None:
+    """A guest that is to be off may go down whenever it likes."""
+
+
+def _take_down(guest: Guest, before: PowerState, patience: Patience, ctx: Context, asking: Callable[[], None]) -> str:
+    """Shut down in time or by force; how it went. `asking` is called before the guest is asked."""
     if before is PowerState.CRASHED or patience.timeout == 0:
         guest.destroy()
         return "powered off by force"
     if before is PowerState.PAUSED:
         guest.resume()  # a paused guest cannot save its data: let it hear the request
         with _paused_again_if_stopped(guest):
-            return _ask_down(guest, patience, ctx)
-    return _ask_down(guest, patience, ctx)
+            return _ask_down(guest, patience, ctx, asking)
+    return _ask_down(guest, patience, ctx, asking)
 
 
 @contextmanager
@@ -161,7 +184,8 @@ def _paused_again_if_stopped(guest: Guest) -> Iterator[None]:
         raise
 
 
-def _ask_down(guest: Guest, patience: Patience, ctx: Context) -> str:
+def _ask_down(guest: Guest, patience: Patience, ctx: Context, asking: Callable[[], None]) -> str:
+    asking()
     began = time.monotonic()
     asked = 0
     while (elapsed := time.monotonic() - began) < patience.timeout:
