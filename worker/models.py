@@ -317,7 +317,8 @@ class SnapshotDisk(Frozen):
     format: DiskFormat
     virtual_size: int
     actual_size: int
-    sha256: Sha256
+    checksum: Sha256
+    """As `worker.images.checksum` defines it."""
     backing: str | None = None
 
 

@@ -26,7 +26,7 @@ from worker.client import Fleet as Client
 from worker.engine.kinds import kind_of
 from worker.engine.record import Record, State
 from worker.images import snapshots
-from worker.images.checksum import sha256_of
+from worker.images.checksum import checksum_of
 from worker.images.layout import DataDir
 from worker.models import PowerState, Snapshot
 
@@ -265,7 +265,7 @@ class Site:
         """What is wrong with the content of a published snapshot."""
         folder = DataDir(self.host.data).snapshot(snapshot.id).path
         for disk in snapshot.disks:
-            if sha256_of(folder / disk.file) != disk.sha256:
+            if checksum_of(folder / disk.file) != disk.checksum:
                 yield f"{snapshot.id}: the checksum of {disk.target} is wrong"
         disks = {disk.target: folder / disk.file for disk in snapshot.disks}
         marks = {

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
-from worker.context import Alone
-from worker.images.checksum import seal, sha256_of
 from worker.images.files import allocated_size
 from worker.images.sparse import punch_holes
 from worker.models import MIB
@@ -35,12 +32,3 @@ def test_empty_and_full_files_stay_as_they_are(tmp_path: Path) -> None:
         before = path.read_bytes()
         punch_holes(path)
         assert path.read_bytes() == before
-
-
-def test_checksums_are_those_of_the_content(tmp_path: Path) -> None:
-    paths = [tmp_path / name for name in ("a", "b")]
-    for path in paths:
-        path.write_bytes(os.urandom(3 * MIB + 17))
-    watch = Alone()
-    assert seal(paths, watch) == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-    assert sha256_of(paths[0]) == hashlib.sha256(paths[0].read_bytes()).hexdigest()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import libvirt
 import libvirt_qemu
@@ -25,18 +24,29 @@ def freeze(guest: Guest) -> int:
 
     Also after an error the guest may be frozen, or become so when its agent catches up: thaw it in any case.
     """
-    with _bounded(guest), translated(f"freeze the file systems of {guest.name}", guest.host):
+    _bound(guest, ANSWER_WITHIN)
+    with translated(f"freeze the file systems of {guest.name}", guest.host):
         return int(guest.domain.fsFreeze())
 
 
 def thaw(guest: Guest) -> None:
     """Thaw the guest's file systems; thawed already, off or gone is success. Raises AgentUnresponsive."""
     try:
-        with _bounded(guest), translated(f"thaw the file systems of {guest.name}", guest.host):
+        _bound(guest, ANSWER_WITHIN)
+        with translated(f"thaw the file systems of {guest.name}", guest.host):
             guest.domain.fsThaw()
     except (InvalidState, InstanceNotFound):
         if guest.is_active():
             raise
+
+
+def relax(guest: Guest) -> None:
+    """Let libvirt wait for the agent as long as it did before a freeze or thaw.
+
+    Apart from these: beside a backup that has just begun, the call has taken 0.3 s.
+    """
+    with suppress(FleetError):  # not worth an error
+        _bound(guest, libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK)
 
 
 def is_frozen(guest: Guest) -> bool:
@@ -62,14 +72,6 @@ def _ask(guest: Guest, command: str) -> object:
     return json.loads(answer).get("return")
 
 
-@contextmanager
-def _bounded(guest: Guest) -> Iterator[None]:
-    """The agent must answer in time; afterwards libvirt waits as long as it did before."""
+def _bound(guest: Guest, seconds: int) -> None:
     with translated(f"bound the wait for the agent of {guest.name}", guest.host):
-        guest.domain.agentSetResponseTimeout(ANSWER_WITHIN, 0)
-    try:
-        yield
-    finally:
-        # Not worth an error, least of all in place of the one that is on its way.
-        with suppress(FleetError), translated(f"bound the wait for the agent of {guest.name}", guest.host):
-            guest.domain.agentSetResponseTimeout(libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK, 0)
+        guest.domain.agentSetResponseTimeout(seconds, 0)

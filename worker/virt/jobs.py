@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 NEEDS_BACKUP = (7, 2, 0)
 """libvirt's news: backups are on by default since then; before, QEMU's part of them was experimental."""
 
+UNLIMITED = 0
+"""A job's speed that is none, in QEMU's words."""
+
 _BACKUP = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
 # Files that libvirt makes itself are made one after the other while a frozen guest waits (two disks: 0.7 s, not 0.3 s).
 _BEGIN_FLAGS = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL

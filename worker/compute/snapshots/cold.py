@@ -46,6 +46,7 @@ def save(instance: LocalInstance, spec: SnapshotSpec, power: PowerState, ctx: Co
 def take_off(this: Taking, power: PowerState | None = None, held: float = 0.0) -> Taken:
     """A guest that does not run: its disks are what there is to extract."""
     by_itself = this.guest.shut_itself_down()
+    this.keep_definition()
     taken = Taken(
         method="cold",
         taken_at=now(),

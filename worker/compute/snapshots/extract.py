@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,14 +91,25 @@ def publish(instance: LocalInstance, taken: Taken, ctx: Context) -> Snapshot:
     snapshot = published(instance, ctx)
     if snapshot is None:
         folder = data.unfinished_snapshot(ctx.operation)
+        sums = _verified(taken, ctx, instance.local.settings.stall_timeout)
         for disk in taken.disks:
-            _verify(disk, ctx, instance.local.settings.stall_timeout)
-        sums = seal([disk.path for disk in taken.disks], ctx)
+            os.chown(disk.path, os.geteuid(), os.getegid())  # a backup's file belongs to QEMU's user
+            disk.path.chmod(0o400)
         snapshot = _manifest(instance, taken, folder, sums, ctx)
         ctx.check()
         snapshots.publish(data, snapshot)
     Ledger(data.root).release(ctx.operation)
     return snapshot
+
+
+def _verified(taken: Taken, ctx: Context, stall: float) -> dict[Path, str]:
+    """The checksum of each file, once all are found sound: checks look at little, and sums are computed meanwhile."""
+    with ThreadPoolExecutor(max(1, len(taken.disks))) as pool:
+        checks = [pool.submit(_verify, disk, ctx, stall) for disk in taken.disks]
+        sums = seal([disk.path for disk in taken.disks], ctx)
+        for check in checks:
+            check.result()
+    return sums
 
 
 def _verify(disk: TakenDisk, ctx: Context, stall: float) -> None:
@@ -107,8 +119,6 @@ def _verify(disk: TakenDisk, ctx: Context, stall: float) -> None:
     found = qemu_img.check(disk.path, disk.format, watch=ctx, stall=stall)
     if found.corruptions:
         raise SnapshotDamaged(f"qemu-img check found {found.corruptions} errors in {disk.target}", disk=disk.target)
-    os.chown(disk.path, os.geteuid(), os.getegid())  # a backup's file belongs to QEMU's user
-    disk.path.chmod(0o400)
 
 
 def _manifest(
@@ -122,7 +132,7 @@ def _manifest(
             format=disk.format,
             virtual_size=disk.virtual_size,
             actual_size=allocated_size(disk.path),
-            sha256=sums[disk.path],
+            checksum=sums[disk.path],
             backing=taken.parent,
         )
         for disk in taken.disks

@@ -76,8 +76,9 @@ def held(taking: Taking, *, pause: bool = False) -> Iterator[Hold]:
             taking.guest.pause()
         yield hold
     finally:
-        release(taking.instance, intent)
+        _release_at_once(taking, intent)
         hold.seconds = time.monotonic() - began
+        agent.relax(taking.guest)
         noted = intent_of(taking.folder)
         taking.folder.intent.unlink(missing_ok=True)
     if noted is not None and noted.released:
@@ -119,6 +120,17 @@ def _accept(taking: Taking, hold: Hold, obstacle: str) -> None:
     hold.note = f"not frozen: {obstacle}"
 
 
+def _release_at_once(taking: Taking, intent: Intent) -> None:
+    """Take back what was done, on the connection that is open; on fresh ones if that fails."""
+    try:
+        if intent.paused:
+            taking.guest.resume()
+        if intent.frozen:
+            agent.thaw(taking.guest)
+    except FleetError:
+        release(taking.instance, intent)
+
+
 def let_go(instance: LocalInstance, folder: SnapshotDir) -> None:
     """Thaw and resume a guest that a dead attempt may have left held."""
     intent = intent_of(folder)
@@ -145,6 +157,7 @@ def thaw(instance: LocalInstance) -> None:
             guest = host.find_uuid(instance.uuid)
             if guest is not None:
                 agent.thaw(guest)
+                agent.relax(guest)
 
 
 def resume(instance: LocalInstance) -> None:
