@@ -384,6 +384,7 @@ class DomainConfig(Frozen):
     emulator: Path
     machine: str = "q35"
     console_log: Path
+    nvram: Path | None = None
     disk_cache: Literal["none", "writeback"] = "none"
 
 

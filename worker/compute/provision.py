@@ -249,6 +249,7 @@ def domain_config(
         emulator=can.emulator,
         machine=can.machine,
         console_log=instance.folder.console_log,
+        nvram=instance.folder.nvram,
         disk_cache="none" if supports_direct_io(instance.folder.path) else "writeback",
     )
 

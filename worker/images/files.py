@@ -58,6 +58,15 @@ def write_text_durably(path: Path, text: str, mode: int = 0o644) -> None:
         publish(temporary, path)
 
 
+def copy_durably(source: Path, path: Path, mode: int) -> None:
+    """Put a copy of a small file in a place, as a whole. Raises NoSpace."""
+    with out_of_space_is_an_error(path.parent), temporary_beside(path) as temporary:
+        temporary.touch(mode=0o600)
+        temporary.write_bytes(source.read_bytes())
+        temporary.chmod(mode)
+        publish(temporary, path)
+
+
 def replace_json(path: Path, content: Any) -> None:
     """Replace a small JSON file as a whole; for our eyes only, as specs hold user-data. Raises NoSpace."""
     write_text_durably(path, json.dumps(content, indent=1, sort_keys=True) + "\n", mode=0o600)

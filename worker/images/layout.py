@@ -18,7 +18,7 @@ _DOWNLOAD = "download"
 _UNFINISHED = ".unfinished"
 ASIDE = "_resize"
 """How the name of a folder ends whose instance has moved to another host."""
-_KEPT = re.compile(r"^(root\.(qcow2|raw)|ephemeral\d+\.qcow2|seed\.iso)$")
+_KEPT = re.compile(r"^(root\.(qcow2|raw)|ephemeral\d+\.qcow2|seed\.iso|nvram\.fd)$")
 _KEEP_OWNERLESS = 86400.0  # seconds; a download may be continued by any operation until then
 
 
@@ -47,6 +47,11 @@ class InstanceDir:
         return self.path / "seed.iso"
 
     @property
+    def nvram(self) -> Path:
+        """The UEFI variables of a guest that boots by UEFI."""
+        return self.path / "nvram.fd"
+
+    @property
     def console_log(self) -> Path:
         """What the guest wrote to its serial console."""
         return self.path / "console.log"
@@ -72,7 +77,7 @@ class InstanceDir:
         return self.path / f".probe.{operation}"
 
     def files(self) -> tuple[str, ...]:
-        """Names of the files that cannot be made again: all disks but swap."""
+        """Names of the files that cannot be made again: all disks but swap, and UEFI variables."""
         return tuple(sorted(path.name for path in self.path.glob("*") if _KEPT.match(path.name)))
 
     def partial(self, name: str) -> Path:

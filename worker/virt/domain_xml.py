@@ -222,8 +222,13 @@ def _owner(maker: _Maker, owner: Owner) -> _Element:
 
 
 def _os(config: DomainConfig) -> _Element:
-    firmware = {"firmware": "efi"} if config.firmware == "efi" else {}
-    return E.os(E.type("hvm", arch="x86_64", machine=config.machine), firmware)
+    kind = E.type("hvm", arch="x86_64", machine=config.machine)
+    if config.firmware != "efi":
+        return E.os(kind)
+    # Left alone, libvirt takes Debian's firmware with Secure Boot and Microsoft's keys: what is not signed boots not.
+    plain = E.firmware(E.feature(enabled="no", name="secure-boot"))
+    variables = [E.nvram(str(config.nvram))] if config.nvram else []
+    return E.os(kind, plain, *variables, firmware="efi")
 
 
 def _clock() -> _Element:

@@ -11,7 +11,7 @@ from worker.compute.snapshots.share import shares
 from worker.context import Context, Watcher
 from worker.errors import InvalidSpec
 from worker.images import qemu_img, snapshots
-from worker.images.files import publish, replace_json, require_space
+from worker.images.files import copy_durably, publish, replace_json, require_space
 from worker.images.layout import InstanceDir
 from worker.images.reserve import Ledger
 from worker.models import Disk, DiskSet, InstanceSpec, Snapshot, SnapshotDisk
@@ -31,7 +31,7 @@ def spec_from(local: LocalHost, snapshot: str) -> InstanceSpec:
 
 
 def restore_disks(instance: LocalInstance, snapshot: str, ctx: Context) -> DiskSet:
-    """Make the new instance's disks from the snapshot's; those that an earlier attempt finished are kept.
+    """Make the new instance's disks from the snapshot's, and its UEFI variables; what is finished already is kept.
 
     Raises SnapshotNotFound, InvalidSpec when it holds no root disk, NoSpace.
     """
@@ -46,6 +46,8 @@ def restore_disks(instance: LocalInstance, snapshot: str, ctx: Context) -> DiskS
     ctx.undo("remove_files", uuid=instance.uuid)
     with instance.owned(ctx) as folder:
         replace_json(folder.spec, {"spec": spec.model_dump(mode="json"), "operation": ctx.operation})
+        if found.nvram and spec.firmware == "efi" and not folder.nvram.exists():
+            copy_durably(local.data.snapshot(snapshot).path / found.nvram, folder.nvram, DISK_MODE)
         watches = shares(ctx, [disk.virtual_size for disk in found.disks], "restoring")
         copies = [
             _Copy(instance, found, disk, _place(folder, found, disk), watch)

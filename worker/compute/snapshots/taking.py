@@ -14,7 +14,7 @@ from worker.compute.local import LocalInstance, require_ours
 from worker.context import Context
 from worker.errors import InvalidSpec, SnapshotExists, UnsupportedByHost
 from worker.images import qemu_img, snapshots
-from worker.images.files import temporary_beside, write_text_durably
+from worker.images.files import copy_durably, temporary_beside, write_text_durably
 from worker.images.layout import SnapshotDir
 from worker.models import DiskFormat, Frozen, GuestDisk, Snapshot, SnapshotSpec, Taken, TakenDisk
 from worker.virt.domain_xml import parse_nvram
@@ -52,7 +52,7 @@ class Taking:
         write_text_durably(self.folder.definition, xml, mode=0o600)
         nvram = parse_nvram(xml)
         if nvram and nvram.exists():
-            self.folder.nvram.write_bytes(nvram.read_bytes())
+            copy_durably(nvram, self.folder.nvram, mode=0o400)
 
     def remember(self, taken: Taken) -> None:
         """Keep what was caught, for whoever takes over from a dead worker.
