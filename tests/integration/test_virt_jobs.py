@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from uuid import uuid4
 import pytest
 
 from tests.lab import LabHost, lab_folder, wait_until
+from worker.context import Alone
 from worker.errors import CheckpointMissing, InvalidState, JobLost
 from worker.models import MIB, Disk, DomainConfig, Owner, PowerState
 from worker.virt import checkpoints
@@ -103,16 +105,28 @@ def test_a_success_of_before_is_not_taken_for_one_of_now(lab: LabHost, guest: Gu
     job = BackupJob(guest)
     job.begin(targets(lab, "before"))
     ended(job)
-    # One disk: QEMU 7.2 may crash when a backup of several is aborted (docs/snapshots.md).
     job.begin(targets(lab, "now")[:1])
     job.limit({"vda": SLOW})
     with pytest.raises(JobLost):
         job.require_success()
-    guest.abort_job()
-    ended(job)
+    job.end(Alone())
     with pytest.raises(Exception, match="cancel"):
         job.require_success()
     assert guest.power() is PowerState.RUNNING
+
+
+def test_a_backup_of_several_disks_is_ended_and_the_guest_lives(lab: LabHost, guest: Guest) -> None:
+    """QEMU 7.2 may die of an abort where several disks are in an iothread: the backup is let run to its end."""
+    job = BackupJob(guest)
+    for number in range(5):
+        job.begin(targets(lab, f"several-{number}"))
+        job.limit({"vda": SLOW // 8, "vdb": SLOW // 8})
+        began = time.monotonic()
+        job.end(Alone())
+        assert time.monotonic() - began < 30  # not slow any more
+        assert job.targets() == {}
+        assert guest.power() is PowerState.RUNNING
+    job.end(Alone())  # nothing to end: fine
 
 
 def test_a_backup_is_found_again_after_libvirtd_was_killed(lab: LabHost, guest: Guest) -> None:

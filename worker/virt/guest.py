@@ -304,12 +304,6 @@ class Guest:
         running = job.get("type", libvirt.VIR_DOMAIN_JOB_NONE) != libvirt.VIR_DOMAIN_JOB_NONE
         return bool(running and job.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP)
 
-    def abort_backup(self) -> None:
-        """End a backup job, which removes what it has written; none there is success."""
-        if self.has_backup():
-            with self._trying_to("abort the backup of"):
-                self._domain.abortJob()
-
     def checkpoints(self) -> list[str]:
         """Names of its checkpoints; none where libvirt does not know such."""
         try:

@@ -8,11 +8,13 @@ from functools import partial
 
 from worker.compute.doctor import leftovers
 from worker.compute.local import LocalHost
+from worker.context import Alone
 from worker.errors import GuestHung, InstanceNotFound, NotOurs, StateLockBusy
 from worker.findings import Severity, Suspect, suspect
 from worker.images.files import locked
 from worker.models import Owner
 from worker.virt.guest import Guest
+from worker.virt.jobs import BackupJob
 
 BACKED_UP = "its disks"
 
@@ -90,7 +92,7 @@ def _abort(local: LocalHost, seen: Guest, target: str) -> None:
     with _alone(local, seen), local.libvirt() as host:
         guest = host.guest(seen.uuid)
         if target == BACKED_UP:
-            guest.abort_backup()
+            BackupJob(guest).end(Alone())
         else:
             guest.abort_block_job(target)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from worker.compute.local import LocalInstance
 from worker.compute.snapshots import chain, holding
 from worker.context import Context
-from worker.errors import InvalidState, Stalled
+from worker.errors import InvalidState
 from worker.images import snapshots
 from worker.images.layout import SnapshotDir
 from worker.images.reserve import Ledger
@@ -17,31 +16,21 @@ from worker.virt import checkpoints
 from worker.virt.guest import Guest
 from worker.virt.jobs import BackupJob, MirrorJob
 
-ABORT_WITHIN = 60.0
-"""Seconds a job has to end once it was told to: what is on its way to the disk must arrive first."""
-
-_POLL = 0.1  # seconds
-
 
 def abandon(guest: Guest, folder: SnapshotDir, ctx: Context) -> None:
     """End the jobs that write into the folder, and remove what they wrote and the checkpoint. The guest runs on."""
     if guest.is_active():
-        _end_jobs(guest, folder)
+        _end_jobs(guest, folder, ctx)
         checkpoints.delete(guest, chain.checkpoint_of(ctx.operation))
     if folder.path.exists():
         for path in folder.path.iterdir():
             path.unlink()
 
 
-def _end_jobs(guest: Guest, folder: SnapshotDir) -> None:
+def _end_jobs(guest: Guest, folder: SnapshotDir, ctx: Context) -> None:
     job = BackupJob(guest)
     if _any_below(folder, job.targets().values()):
-        guest.abort_job()
-        deadline = time.monotonic() + ABORT_WITHIN
-        while _any_below(folder, job.targets().values()):
-            if time.monotonic() > deadline:
-                raise Stalled(f"the backup of {guest.name} does not end", seconds=ABORT_WITHIN)
-            time.sleep(_POLL)
+        job.end(ctx)
     for disk in guest.disks():
         mirror = MirrorJob(guest, disk.target)
         target = mirror.target()
