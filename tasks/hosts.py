@@ -12,6 +12,7 @@ from celery.exceptions import TimeoutError as NoAnswer
 from worker.app import app, host_queue
 from worker.compute import survey
 from worker.compute.local import LocalHost
+from worker.compute.snapshots import clean
 from worker.compute.snapshots.watch import HoldWatch
 from worker.engine import strays
 from worker.engine.connection import translated
@@ -19,7 +20,6 @@ from worker.engine.journal import journal
 from worker.engine.patience import patiently
 from worker.engine.registry import HostRecord, registry
 from worker.errors import FleetError, HostUnreachable
-from worker.images import snapshots
 from worker.images.reserve import Ledger
 from worker.settings import get_settings
 
@@ -92,7 +92,7 @@ def sweep(host: str) -> None:
     local = LocalHost(host, get_settings())
     live = set(patiently(strays.owners, journal()))
     data = local.data.create()
-    for path in (*data.sweep_tmp(live), *snapshots.sweep(data, live), *Ledger(data.root).sweep(live)):
+    for path in (*data.sweep_tmp(live), *clean.sweep(local, live), *Ledger(data.root).sweep(live)):
         log.info("swept a leftover", path=str(path))
 
 

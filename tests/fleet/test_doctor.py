@@ -142,6 +142,18 @@ def test_temporary_files_of_operations_that_are_over_are_removed(host: LabHost) 
     assert examine() == {}
 
 
+def test_a_snapshot_that_nobody_finishes_is_removed(host: LabHost) -> None:
+    orphan = host.data / "snapshots" / ".op-long-gone.unfinished"
+    orphan.mkdir()
+    (orphan / "vda.qcow2").write_bytes(b"half a disk")
+    found = examine()
+    assert found.keys() == {"unfinished_snapshot"}
+    assert "op-long-gone" in found["unfinished_snapshot"].what
+    assert examine(fix=True)["unfinished_snapshot"].fixed
+    assert not orphan.exists()
+    assert examine() == {}
+
+
 def test_disks_without_a_domain_are_never_removed(fleet: Fleet, host: LabHost) -> None:
     folder = host.data / "instances" / str(uuid4())
     folder.mkdir()

@@ -61,13 +61,15 @@ def test_a_guest_powered_off_in_the_middle_fails_the_snapshot_and_nothing_else(
     assert scheduler.call("power_on", instance=guest["instance"])["state"] == "succeeded"
 
 
-@pytest.mark.parametrize("method", ["backup", "mirror"])
+@pytest.mark.parametrize(
+    ("method", "disks"), [("backup", ["vda"]), ("backup", []), ("mirror", ["vda"])], ids=["one disk", "all", "mirror"]
+)
 def test_a_cancelled_one_ends_its_job_and_leaves_nothing(
-    host: LabHost, spawn: Spawn, scheduler: Scheduler, real: Path, method: str
+    host: LabHost, spawn: Spawn, scheduler: Scheduler, real: Path, method: str, disks: list[str]
 ) -> None:
     guest = spawn(image=str(real), **WRITER)
-    operation = f"cancelled-{method}"
-    answer = scheduler.send("snapshot", instance=guest["instance"], method=method, operation_id=operation, **SLOW)
+    operation, how = f"cancelled-{method}-{len(disks)}", {**SLOW, "method": method, "disks": disks}
+    answer = scheduler.send("snapshot", instance=guest["instance"], operation_id=operation, **how)
     folder = host.data / "snapshots" / f".{operation}.unfinished"
     wait_until(lambda: any(folder.glob("*vda*")) or any(folder.glob(".vda*")), 30, "it has begun")
     scheduler.app.send_task("virtfleet.cancel", kwargs={"operation_id": operation}, queue="virtfleet")

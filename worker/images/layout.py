@@ -203,9 +203,10 @@ class DataDir:
         """The folder of a snapshot that is being taken; beside the finished ones, to which its files may refer."""
         return SnapshotDir(self.snapshots / f".{quote(snapshot, safe='')}{_UNFINISHED}")
 
-    def unfinished_snapshots(self) -> list[Path]:
-        """The folders of all snapshots that are being taken, or were when somebody died."""
-        return list(self.snapshots.glob(f".*{_UNFINISHED}"))
+    def unfinished_snapshots(self) -> dict[Path, str]:
+        """The folders of all snapshots that are being taken, or were when somebody died, with their operations."""
+        found = self.snapshots.glob(f".*{_UNFINISHED}")
+        return {path: unquote(path.name.removeprefix(".").removesuffix(_UNFINISHED)) for path in found}
 
     def aside(self, uuid: UUID | str) -> InstanceDir:
         """Where the folder of an instance is kept that has moved to another host."""

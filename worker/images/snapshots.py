@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import structlog
 from pydantic import ValidationError
 
@@ -95,15 +93,6 @@ def remove(data: DataDir, snapshot: str) -> bool:
         published.rename(unfinished)
         remove_tree(unfinished, data.snapshots)
     return there
-
-
-def sweep(data: DataDir, live_operations: set[str]) -> list[Path]:
-    """Remove what operations that are over left unfinished."""
-    live = {data.unfinished_snapshot(operation).path for operation in live_operations}
-    swept = [path for path in data.unfinished_snapshots() if path not in live]
-    for path in swept:
-        remove_tree(path, data.snapshots)
-    return swept
 
 
 def _read(folder: SnapshotDir) -> Snapshot | None:

@@ -17,6 +17,7 @@ def look(local: LocalHost) -> Iterator[Suspect]:
     if has_files:
         yield from environment.files(local)
         yield from leftovers.temporary(local.data)
+        yield from leftovers.snapshots(local)
     else:
         yield suspect(
             Severity.INFO,

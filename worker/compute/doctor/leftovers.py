@@ -8,9 +8,12 @@ from functools import partial
 from pathlib import Path
 from uuid import UUID
 
+from worker.compute.local import LocalHost
+from worker.compute.snapshots.clean import forget
 from worker.findings import Severity, Suspect, suspect
 from worker.images.files import human_size, locked, remove_tree
 from worker.images.layout import ASIDE, DataDir, InstanceDir
+from worker.images.reserve import allocated
 from worker.virt.kvm_probe import PREFIX as PROBE
 
 PROBE_SECONDS = 60.0
@@ -35,6 +38,20 @@ def temporary(data: DataDir) -> Iterator[Suspect]:
             remedy="virtfleet doctor --fix removes it.",
             owners=[operation],
             repair=partial(remove_tree, path, data.root),
+        )
+
+
+def snapshots(local: LocalHost) -> Iterator[Suspect]:
+    """Snapshots that are not finished, each its operation's until that is over."""
+    for path, operation in local.data.unfinished_snapshots().items():
+        yield suspect(
+            Severity.WARNING,
+            "unfinished_snapshot",
+            f"a snapshot of operation {operation!r}, which is not running ({human_size(allocated(path))})",
+            where=path,
+            remedy="virtfleet doctor --fix removes it, and lets go of its guest should that be frozen.",
+            owners=[operation],
+            repair=partial(forget, local, path),
         )
 
 
@@ -142,7 +159,7 @@ def unknown_in(folder: InstanceDir, used: set[Path], owners: list[object]) -> It
 def _is_known(folder: InstanceDir, path: Path) -> bool:
     # virtlogd keeps full logs as console.log.0, .1, ...
     log = path.name.startswith(f"{folder.console_log.name}.") or path == folder.console_log
-    return log or path in {folder.lock, folder.spec, folder.seed, *folder.handovers()}
+    return log or path in {folder.lock, folder.spec, folder.seed, folder.nvram, *folder.handovers()}
 
 
 def _remove_locked(folder: InstanceDir, path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from worker.compute.local import LocalInstance
+from worker.compute.local import LocalHost, LocalInstance
 from worker.compute.snapshots import chain, holding
+from worker.compute.snapshots.taking import intent_of
 from worker.context import Context
 from worker.errors import InvalidState
 from worker.images import snapshots
+from worker.images.files import remove_tree
 from worker.images.layout import SnapshotDir
 from worker.images.reserve import Ledger
 from worker.virt import checkpoints
@@ -61,6 +63,32 @@ def discard(instance: LocalInstance, ctx: Context) -> None:
             abandon(guest, folder, ctx)
         snapshots.remove(data, ctx.operation)
     Ledger(data.root).release(ctx.operation)
+
+
+def sweep(local: LocalHost, live_operations: Collection[str]) -> list[Path]:
+    """Remove what operations that are over left unfinished; what was removed.
+
+    Not one that still holds its guest: that is let go of first, by the `HoldWatch`.
+    """
+    over = [path for path, one in local.data.unfinished_snapshots().items() if one not in live_operations]
+    swept = [path for path in over if not _holds(SnapshotDir(path))]
+    for path in swept:
+        remove_tree(path, local.data.snapshots)
+    return swept
+
+
+def _holds(folder: SnapshotDir) -> bool:
+    intent = intent_of(folder)
+    return intent is not None and not intent.released
+
+
+def forget(local: LocalHost, path: Path) -> None:
+    """Remove a snapshot that nobody finishes any more; a guest that it still holds is let go of first."""
+    folder = SnapshotDir(path)
+    intent = intent_of(folder)
+    if intent is not None:
+        holding.let_go(LocalInstance(local, intent.name, intent.uuid), folder)
+    remove_tree(path, local.data.snapshots)
 
 
 def delete(instance: LocalInstance, snapshot: str, ctx: Context) -> bool:
