@@ -218,9 +218,8 @@ def _records(site: Site, played: Played) -> Iterator[str]:
 
 def _snapshots(site: Site, played: Played) -> Iterator[str]:
     """A snapshot is there as a whole or not at all, and the guest it was taken of has not noticed."""
-    wanted = played.scenario.task == "virtfleet.snapshot" and played.record.state is State.SUCCEEDED
     published = site.published()
-    if [one.id for one in published] != ([played.record.id] if wanted else []):
+    if [one.id for one in published] != _expected_snapshots(site, played):
         yield f"published: {[one.id for one in published]}; the operation {played.record.state}"
     for one in published:
         yield from site.snapshot_complaints(one)
@@ -236,6 +235,13 @@ def _snapshots(site: Site, played: Played) -> Iterator[str]:
     boots = played.boots is not None and site.boots() - played.boots
     if boots and played.scenario.task == "virtfleet.snapshot":
         yield "the guest has lost its memory: it booted again"
+
+
+def _expected_snapshots(site: Site, played: Played) -> list[str]:
+    succeeded = played.record.state is State.SUCCEEDED
+    if played.scenario.needs_snapshot:
+        return [] if succeeded and played.scenario.task == "virtfleet.snapshot_delete" else [site.kept]
+    return [played.record.id] if succeeded and played.scenario.task == "virtfleet.snapshot" else []
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

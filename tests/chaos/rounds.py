@@ -261,6 +261,10 @@ def _running_step(record: Record) -> str:
 
 def _prepare(site: Site, scenario: Scenario) -> str:
     """Bring the operation's instance into its first state; its name."""
+    if scenario.needs_snapshot:
+        site.bring(PET, PowerState.RUNNING)
+        site.wait_booted()
+        site.keep_snapshot(PET)
     if scenario.subject == "pet":
         site.bring(PET, scenario.before)
         if scenario.task == "virtfleet.snapshot":

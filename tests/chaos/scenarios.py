@@ -20,12 +20,13 @@ UNDO = "undo"
 
 @dataclass(frozen=True)
 class Ground:
-    """What a request can name: the host, the instance, and images below the host's image roots."""
+    """What a request can name: the host, the instance, images below the host's image roots, a published snapshot."""
 
     host: str
     instance: str
     blank_image: str
     guest_image: str
+    snapshot: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Scenario:
 
     `undone` are the states in which it may leave the guest when it failed or was cancelled. `cancel_at` is the step
     during which it is cancelled when its undo is to be disturbed; empty where nothing is undone. `needs_space`: it
-    may fail on a full disk.
+    may fail on a full disk. `needs_snapshot`: one of the pet has been published before.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Scenario:
     request: Callable[[Ground], dict[str, Any]]
     cancel_at: str = ""
     needs_space: bool = False
+    needs_snapshot: bool = False
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -175,6 +177,30 @@ SCENARIOS = (
     _snapshot("by mirror", *LIVE, method="mirror", compress="zstd", limit_mib=50),
     _snapshot("incremental", *LIVE, incremental=True),
     _snapshot("cold", *COLD, method="cold"),
+    Scenario(
+        name="snapshot delete",
+        task="virtfleet.snapshot_delete",
+        subject="pet",
+        before=RUNNING,
+        after=RUNNING,
+        undone=frozenset({RUNNING}),
+        steps=("delete_snapshot",),
+        request=lambda ground: {"snapshot": ground.snapshot},
+        needs_snapshot=True,
+    ),
+    Scenario(
+        name="snapshot restore",
+        task="virtfleet.snapshot_restore",
+        subject="new",
+        before=MISSING,
+        after=RUNNING,
+        undone=frozenset({MISSING}),
+        steps=("restore_disks", "restore_seed", "restore_instance"),
+        request=lambda ground: {"snapshot": ground.snapshot, "name": ground.instance},
+        cancel_at="restore_instance",
+        needs_space=True,
+        needs_snapshot=True,
+    ),
 )
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, cast
+from uuid import uuid4
 
 import libvirt
 import libvirt_qemu
@@ -145,6 +146,7 @@ class Site:
         self.relief = ExitStack()
         self.markers: dict[str, bytes] = {}
         self.usual: dict[str, dict[str, float]] = {}
+        self.kept = ""
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -172,7 +174,7 @@ class Site:
 
     def ground(self, instance: str) -> Ground:
         images = self.host.images
-        return Ground(HOST, instance, str(images / "blank.raw"), str(images / "guest.qcow2"))
+        return Ground(HOST, instance, str(images / "blank.raw"), str(images / "guest.qcow2"), self.kept)
 
     def fresh_image(self) -> None:
         """Give the blank image another content, so that it has to be fetched."""
@@ -277,6 +279,11 @@ class Site:
         first, second = (int(_sector(disks[disk], COUNTER, self.folder)[:16]) for disk in ("vda", "vdb"))
         if first - second not in {0, 1}:
             yield f"{snapshot.id} shows two moments: write {first} on one disk, {second} on the other"
+
+    def keep_snapshot(self, instance: str) -> None:
+        """Take one, by an undisturbed operation, that this round's operation is about."""
+        self.kept = f"kept-{uuid4().hex[:8]}"
+        self.run("virtfleet.snapshot", instance=instance, operation_id=self.kept)
 
     def drop_snapshots(self) -> None:
         """Delete all of them, by undisturbed operations."""

@@ -58,6 +58,9 @@ THOROUGH = [
     ("snapshot by backup", "SIGKILL disk worker", "publish_snapshot", 0.3),
     ("snapshot cold", "SIGKILL control worker", "note_power", 0.3),
     ("snapshot cold", "SIGKILL control worker", "restore_power", 0.3),
+    ("snapshot delete", "SIGKILL disk worker", "delete_snapshot", 0.3),
+    ("snapshot restore", "SIGKILL pool child", "restore_disks", 0.5),
+    ("snapshot restore", "cancel", "restore_instance", 0.3),
 ]
 CHOSEN = QUICK + THOROUGH
 
