@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 1024**3
 Accel = Literal["auto", "kvm", "qemu"]
+Transport = Literal["ssh", "nbd"]
 RootDisk = Literal["overlay", "copy", "raw"]
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -28,6 +29,13 @@ def _checked_redis_url(value: str) -> str:
         raise ValueError(allowed) from error
     if url.scheme not in {"redis", "rediss"} or not url.hostname or port == 0 or not re.fullmatch(r"/?\d*", url.path):
         raise ValueError(allowed)
+    return value
+
+
+def _checked_ports(value: str) -> str:
+    found = re.fullmatch(r"(\d{1,5})-(\d{1,5})", value)
+    if not found or not 0 < int(found[1]) <= int(found[2]) < 65536:
+        raise ValueError("allowed: FIRST-LAST, of TCP ports from 1 to 65535")
     return value
 
 
@@ -76,6 +84,14 @@ class Settings(BaseSettings):
     ssh_port: int = Field(22, ge=1, le=65535, description="Port of ssh on other hosts.")
     ssh_key: Path | None = Field(None, description="Private key for copies. Default: those of the worker's user.")
     ssh_known_hosts: Path | None = Field(None, description="Keys of the other hosts. Default: ssh's own files.")
+    copy_transport: Transport = Field("ssh", description="How migrations copy disks where a request does not say.")
+    nbd_ports: Annotated[str, AfterValidator(_checked_ports)] = Field(
+        "10809-10840", description="TCP ports for copies over NBD; the same on all hosts."
+    )
+    nbd_tls_dir: Path = Field(
+        Path("/etc/pki/qemu"), description="Certificates for copies over NBD: those of libvirt's migration over TLS."
+    )
+    nbd_plain: bool = Field(False, description="Copies over NBD without TLS: anybody on the network can read them.")
     confirm_after: float = Field(
         0.0, ge=0, description="A migration is confirmed by itself after so many seconds; 0: only when asked to."
     )
@@ -96,6 +112,11 @@ class Settings(BaseSettings):
         7 * 86400.0, description="How long the record of an ended operation is kept, in seconds."
     )
     stop_grace: Seconds = Field(30.0, description="How long running steps may go on after SIGTERM, in seconds.")
+
+    def nbd_port_range(self) -> range:
+        """`nbd_ports` as numbers."""
+        first, last = map(int, self.nbd_ports.split("-"))
+        return range(first, last + 1)
 
     def uri_of(self, host: str) -> str:
         """The libvirt URI by which this process reaches `host`."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.lab.network import Cable, Keys
+from tests.lab.pki import Authority
 from tests.lab.process import Keeper, LabError, Process, kill9, tail, wait_until
 
 SOCKET_PATH_BYTES = 107  # sun_path holds 108, one of them NUL: unix(7)
@@ -28,6 +29,7 @@ LONGEST_SOCKET = f"libvirt/qemu/channel/target/domain-99-{'x' * 20}/org.qemu.gue
 
 NAMESPACES = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
 KVM = "/dev/kvm"
+NBD_SERVER = "qemu-storage-daemon"
 PRIVATE_FOLDERS = {
     "run": "/run",
     "etc": "/etc/libvirt",
@@ -54,6 +56,8 @@ class LabHost:
         self._uuid = uuid.uuid4()
         self.cable = Cable() if networked else None
         self._keys = Keys(folder / "ssh")
+        self._authority = Authority(folder / "authority")
+        self.pki = self.folder / "pki"
         self._keeper: Keeper | None = None
         self._libvirtd: Process | None = None
         excess = len(str(self.folder / LONGEST_SOCKET)) - SOCKET_PATH_BYTES
@@ -83,7 +87,14 @@ class LabHost:
             "VIRTFLEET_ADDRESS": self.cable.address,
             "VIRTFLEET_SSH_KEY": str(self._keys.key),
             "VIRTFLEET_SSH_KNOWN_HOSTS": str(self._keys.known_hosts),
+            "VIRTFLEET_NBD_TLS_DIR": str(self.pki),
+            "PATH": f"{self._programs}:{os.environ['PATH']}",
         }
+
+    @property
+    def _programs(self) -> Path:
+        """Programs that its worker, which is on this machine's network, must start on the host's."""
+        return self.folder / "bin"
 
     def __enter__(self) -> Self:
         self.up()
@@ -191,6 +202,11 @@ class LabHost:
 
     def _connect(self, cable: Cable, keeper: Keeper, pid: int) -> None:
         cable.connect(pid)
+        self._authority.issue(self.name, cable.address, self.pki)
+        self._programs.mkdir(exist_ok=True)
+        server = self._programs / NBD_SERVER
+        server.write_text(f'#!/bin/sh\nexec nsenter -t {pid} -n -- {shutil.which(NBD_SERVER)} "$@"\n')
+        server.chmod(0o755)
         config = self.folder / "sshd_config"
         self._keys.write_sshd_config(config, self.name, cable.address)
         (self.folder / "run" / "sshd").mkdir()
@@ -238,6 +254,7 @@ class LabHost:
             security_driver="none",
             cgroup_controllers=[],  # they are the machine's
             remember_owner=0,
+            default_tls_x509_cert_dir=str(self.pki),
             namespaces=[],  # they cannot carry the file mounted over /dev/kvm
         )
         # libvirtd resolves its own name whenever it starts a guest: 10 s where DNS is missing.

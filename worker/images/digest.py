@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from worker.context import Watcher
 
 BLOCK = 1024**2
 _ZEROS = bytes(BLOCK)
-_ZERO_BLOCK = b"\0" * 32
+ZERO_BLOCK = b"\0" * 32
+"""What stands for a block of zeros, written or not."""
 
 
 def content_digest(path: Path, watch: Watcher) -> str:
@@ -19,7 +21,7 @@ def content_digest(path: Path, watch: Watcher) -> str:
 
     BLAKE2b over the BLAKE2b of each MiB, so that holes cost nothing. Progress in bytes.
     """
-    whole = hashlib.blake2b(digest_size=32)
+    blocks = []
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         data = 0
@@ -27,15 +29,24 @@ def content_digest(path: Path, watch: Watcher) -> str:
             if data < start + BLOCK and data <= start:
                 data = _next_data(file.fileno(), start, size)
             block = b"" if data >= start + BLOCK else os.pread(file.fileno(), BLOCK, start)
-            whole.update(_digest_of(block))
+            blocks.append(digest_of_block(block))
             watch.progress(start + len(block), size, f"checking {path.name.strip('.')}")
+    return digest_of_blocks(blocks, size)
+
+
+def digest_of_blocks(blocks: Iterable[bytes], size: int) -> str:
+    """The digest of a file of `size` bytes from those of its blocks."""
+    whole = hashlib.blake2b(digest_size=32)
+    for block in blocks:
+        whole.update(block)
     whole.update(str(size).encode())
     return whole.hexdigest()
 
 
-def _digest_of(block: bytes) -> bytes:
+def digest_of_block(block: bytes) -> bytes:
+    """The digest of one block, the last of a file being shorter; an empty one stands for a hole."""
     if not block or block == _ZEROS[: len(block)]:
-        return _ZERO_BLOCK
+        return ZERO_BLOCK
     return hashlib.blake2b(block, digest_size=32).digest()
 
 

@@ -1,4 +1,4 @@
-"""Files from another host: rsync over ssh, sparse, continued where it broke off, one of a few at a time per host."""
+"""Files from another host: sparse, continued where it broke off, one of a few at a time per host; by rsync or NBD."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from worker.context import Watcher
 from worker.errors import CommandFailed, ConnectionMisconfigured, InstanceLocked, TransferInterrupted
+from worker.images import nbd
 from worker.images.command import Command, Progress, run
+from worker.images.digest import content_digest
 from worker.images.files import human_size, locked, size_of
+from worker.images.nbd import Nbd
 from worker.models import Peer
 
 _SLOT_POLL = 0.5  # seconds
@@ -59,32 +62,51 @@ class Ssh:
 
 @dataclass(frozen=True)
 class Copying:
-    """How a host copies: over which link, how many at a time, bytes per second per copy, seconds it may rest."""
+    """How a host copies: over which link, how many at a time, bytes per second per copy, seconds it may rest.
+
+    Over ssh, unless `nbd` is given.
+    """
 
     ssh: Ssh
     slots: Path
     incoming: int
     stall: float
     bandwidth: int | None = None
+    nbd: Nbd | None = None
 
 
 def reach(peer: Peer, copying: Copying) -> None:
-    """Raise `ConnectionMisconfigured` or `TransferInterrupted` unless files can be had from that host."""
+    """Raise `ConnectionMisconfigured` or `TransferInterrupted` unless files can be had from that host.
+
+    Over NBD nothing is lent yet, so there is nothing to reach: only this host's certificates are looked at.
+    """
+    if copying.nbd:
+        copying.nbd.client()
+        return
     argv = ["rsync", "--list-only", "-s", "-e", copying.ssh.command(), _at(peer, peer.data_dir) + "/instances"]
     _run(peer, Command(argv, "rsync"), Path("its data directory"), stall=copying.stall)
 
 
-def fetch(
-    peer: Peer, source: Path, target: Path, copying: Copying, watch: Watcher, *, total: int | None = None
-) -> None:
-    """Copy `source` of another host to `target`, continuing what is there; holes stay holes. Progress in bytes.
+def fetch(peer: Peer, source: Path, target: Path, copying: Copying, watch: Watcher, *, total: int) -> str:
+    """Copy `source` of another host, of `total` bytes, to `target`, continuing what is there; holes stay holes.
 
-    `total`: how many bytes that will be, if it is known.
+    Returns the digest of what is there now, read back (see `content_digest`). Progress in bytes.
     `target` is locked while anything still writes to it, also what a killed worker left running.
     Raises TransferInterrupted, ConnectionMisconfigured, NoSpace, Stalled, InstanceLocked, and what `watch` raises.
     """
+    with _slot(copying, watch) as slot:
+        if copying.nbd:
+            limits = {"stall": copying.stall, "bandwidth": copying.bandwidth}
+            return nbd.fetch(peer, source, target, copying.nbd, watch, total=total, **limits)
+        _rsync(peer, source, target, copying, watch, total=total, slot=slot)
+    return content_digest(target, watch)
+
+
+def _rsync(
+    peer: Peer, source: Path, target: Path, copying: Copying, watch: Watcher, *, total: int, slot: int
+) -> None:
     lock = target.with_name(f"{target.name}.lock")
-    with _slot(copying, watch) as slot, locked(lock, wait=20.0, watch=watch) as descriptor:
+    with locked(lock, wait=20.0, watch=watch) as descriptor:
         continues = size_of(target) > 0
         argv = [
             *("rsync", "--append-verify" if continues else "--sparse", "--inplace", "--protect-args"),
@@ -102,6 +124,23 @@ def fetch(
             time.sleep(_SLOT_POLL)
         if continues:
             _dig_holes(target, copying, watch)
+
+
+@contextmanager
+def outgoing_slots(folder: Path, most: int, wanted: int) -> Iterator[tuple[int, ...]]:
+    """As many of this host's slots for outgoing copies as are wanted and free. Raises TransferInterrupted for none.
+
+    The same that `rsync` holds when another host has started it here.
+    """
+    with ExitStack() as stack:
+        taken: list[int] = []
+        for number in range(most):
+            if len(taken) < wanted:
+                with suppress(InstanceLocked):
+                    taken.append(stack.enter_context(locked(folder / f".outgoing-{number}.lock")))
+        if not taken:
+            raise TransferInterrupted(f"all {most} slots for outgoing copies are taken")
+        yield tuple(taken)
 
 
 def _dig_holes(target: Path, copying: Copying, watch: Watcher) -> None:

@@ -1,0 +1,287 @@
+"""Files from another host over NBD: lent there by QEMU's storage daemon, fetched here block by block, over TLS."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from worker.context import Watcher
+from worker.errors import CommandFailed, ConnectionMisconfigured, TransferInterrupted
+from worker.images.command import Command, run
+from worker.images.digest import BLOCK, ZERO_BLOCK, digest_of_block, digest_of_blocks
+from worker.images.files import human_size, locked, out_of_space_is_an_error
+from worker.images.nbd_client import Busy, Connection, NbdError, NoSuchExport, Piece
+from worker.models import Peer
+
+_AT_ONCE = 16  # reads of a block each under way on a connection
+_UNHASHED = 64  # blocks that may wait for their digest
+_DIGEST = len(ZERO_BLOCK)
+_LOOK_AGAIN = 0.5  # seconds
+_HINT = (
+    "VIRTFLEET_NBD_TLS_DIR must hold what libvirt needs for migration over TLS: ca-cert.pem, server-cert.pem, "
+    "server-key.pem, client-cert.pem, client-key.pem (qemu(1), TLS); plain connections need VIRTFLEET_NBD_PLAIN=1."
+)
+
+
+@dataclass(frozen=True)
+class Nbd:
+    """How files travel over NBD: on which TCP ports, and with the certificates in which folder; None: plain.
+
+    `session` sets what one operation lends apart from what others do.
+    """
+
+    ports: range
+    tls: Path | None
+    session: str
+
+    def export_of(self, path: Path, data_dir: Path) -> str:
+        """The name by which a file below a host's data directory is lent."""
+        return f"{self.session}/{path.relative_to(data_dir)}"
+
+    def client(self) -> ssl.SSLContext | None:
+        """What a client shows, and what it demands of a server. Raises `ConnectionMisconfigured`."""
+        if self.tls is None:
+            return None
+        try:
+            context = ssl.create_default_context(cafile=str(self.tls / "ca-cert.pem"))
+            context.load_cert_chain(self.tls / "client-cert.pem", self.tls / "client-key.pem")
+        except OSError as error:  # ssl.SSLError is one
+            raise ConnectionMisconfigured(f"no certificates for NBD in {self.tls}: {error}", hint=_HINT) from error
+        return context
+
+
+# --- the side that lends ----------------------------------------------------------------------------------------------
+
+
+def lend(
+    files: Mapping[str, Path], address: str, nbd: Nbd, watch: Watcher, *, clients: int, held: tuple[int, ...] = ()
+) -> None:
+    """Lend files, by export name, to at most `clients` connections at a time, until `watch` raises something.
+
+    They are read only. The port, the first that is free, is closed when this ends, and when this process does.
+    Raises ConnectionMisconfigured, TransferInterrupted (no port is free), and what `watch` raises.
+    """
+    server = f"addr.type=inet,addr.host={address},addr.port={nbd.ports[0]},addr.to={nbd.ports[-1]}"
+    argv = ["qemu-storage-daemon"]
+    if nbd.tls:
+        # tls-creds-x509 without verify-peer would let in whoever connects.
+        argv += ["--object", f"tls-creds-x509,id=tls,dir={_quoted(nbd.tls)},endpoint=server,verify-peer=on"]
+        server += ",tls-creds=tls"
+    for number, path in enumerate(files.values()):
+        node = f"node-name=file{number},filename={_quoted(path)},read-only=on,auto-read-only=off"
+        argv += ["--blockdev", f"driver=file,{node}"]
+    argv += ["--nbd-server", f"{server},max-connections={clients}"]
+    for number, name in enumerate(files):
+        argv += ["--export", f"type=nbd,id=export{number},node-name=file{number},name={_quoted(name)}"]
+    try:
+        run(Command(argv, "qemu-system-common"), watch=watch, pass_fds=held)
+    except CommandFailed as error:
+        raise _not_lent(error, nbd) from error
+    raise TransferInterrupted("QEMU's storage daemon ended, though nobody asked it to")
+
+
+def _not_lent(error: CommandFailed, nbd: Nbd) -> Exception:
+    said = str(error.details["stderr"])
+    if "in use" in said:
+        ports = f"{nbd.ports[0]}-{nbd.ports[-1]}"
+        return TransferInterrupted(f"no TCP port of {ports} is free", hint="Widen VIRTFLEET_NBD_PORTS.")
+    if "credentials" in said or "certificate" in said.lower():
+        return ConnectionMisconfigured(f"files cannot be lent over NBD: {said}", hint=_HINT)
+    return error
+
+
+def _quoted(name: Path | str) -> str:
+    """A name within an option of QEMU's, where a comma would end it."""
+    return str(name).replace(",", ",,")
+
+
+# --- the side that fetches --------------------------------------------------------------------------------------------
+
+
+def fetch(
+    peer: Peer,
+    source: Path,
+    target: Path,
+    nbd: Nbd,
+    watch: Watcher,
+    *,
+    total: int,
+    stall: float,
+    bandwidth: int | None = None,
+) -> str:
+    """Copy `source` of another host, of `total` bytes, to `target`, and return its digest (`content_digest`).
+
+    What is there already and still is what arrived is kept; the digests of its blocks lie beside it. Each block is
+    read back from the file, so that the digest is that of the file; holes stay holes.
+    Raises TransferInterrupted, ConnectionMisconfigured, NoSpace, InstanceLocked, and what `watch` raises.
+    """
+    lock = target.with_name(f"{target.name}.lock")
+    with (
+        locked(lock, wait=20.0, watch=watch),
+        out_of_space_is_an_error(target.parent),
+        _Arrived(target, total) as arrived,
+    ):
+        arrived.prove(watch)
+        try:
+            with _connected(peer, nbd.export_of(source, peer.data_dir), nbd, watch, stall) as connection:
+                _copy(connection, arrived, watch, bandwidth)
+        except (OSError, NbdError) as error:
+            if isinstance(error, OSError) and error.filename is not None:  # of a file here, not of the connection
+                raise
+            raise TransferInterrupted(
+                f"the copy of {source} from host {peer.name} ({peer.address}) broke off after"
+                f" {human_size(arrived.done)}: {error}",
+                hint="What has arrived is kept and continued.",
+            ) from error
+        return arrived.digest()
+
+
+def _copy(connection: Connection, arrived: _Arrived, watch: Watcher, bandwidth: int | None) -> None:
+    """Keep as many reads under way as the link and the server can use, and write what comes, in any order."""
+    offsets = iter(range(arrived.done, arrived.total, BLOCK))
+    began, before = time.monotonic(), arrived.done
+    with ThreadPoolExecutor(1) as pool:
+        for offset in itertools.islice(offsets, _AT_ONCE):
+            connection.ask(offset, arrived.length_at(offset, connection.size))
+        while arrived.done < arrived.total:
+            piece = connection.answer()
+            arrived.write(piece)
+            if not piece.done:
+                continue
+            arrived.finish(piece.read, pool)
+            for offset in itertools.islice(offsets, 1):
+                connection.ask(offset, arrived.length_at(offset, connection.size))
+            watch.progress(arrived.done, arrived.total, "copying")
+            if bandwidth:
+                time.sleep(max(0.0, (arrived.done - before) / bandwidth - (time.monotonic() - began)))
+        arrived.settle()
+
+
+@contextmanager
+def _connected(peer: Peer, export: str, nbd: Nbd, watch: Watcher, stall: float) -> Iterator[Connection]:
+    """A connection to the export, on whichever port it is lent; waited for as long as the other host may rest."""
+    deadline, tls = time.monotonic() + stall, nbd.client()
+    while (found := _find(peer, export, nbd, tls, watch.check, stall)) is None:
+        watch.progress(0, None, f"waiting until host {peer.name} lends {export.rpartition('/')[2]}")
+        if time.monotonic() > deadline:
+            raise TransferInterrupted(
+                f"host {peer.name} ({peer.address}) does not lend {export} on any port of {nbd.ports[0]}-{nbd.ports[-1]}",
+                hint="Its control worker must run there; the ports must be the same in both hosts' "
+                "VIRTFLEET_NBD_PORTS, and open between them.",
+            )
+        time.sleep(_LOOK_AGAIN)
+    with found:
+        yield found
+
+
+def _find(
+    peer: Peer, export: str, nbd: Nbd, tls: ssl.SSLContext | None, check: Callable[[], None], stall: float
+) -> Connection | None:
+    for port in nbd.ports:
+        check()
+        try:
+            return Connection.open((peer.address, port), export, tls, stall=stall, watch=check)
+        except (ConnectionRefusedError, ConnectionResetError, NoSuchExport, Busy):
+            continue
+        except (ssl.SSLError, NbdError) as error:
+            raise ConnectionMisconfigured(
+                f"host {peer.name} ({peer.address}, port {port}) and this one do not agree on NBD: {error}", hint=_HINT
+            ) from error
+    return None
+
+
+class _Arrived:
+    """A file on its way: which of its blocks are here, each with its digest in a file beside it."""
+
+    def __init__(self, target: Path, total: int) -> None:
+        self.total, self.done = total, 0
+        self._target, self._digests = target, target.with_name(f"{target.name}.digests")
+        self._proven: list[bytes] = []
+        self._hashing: deque[Future[bytes]] = deque()
+        self._finished: set[int] = set()
+        self._with_data: set[int] = set()
+
+    def __enter__(self) -> _Arrived:
+        self._file = os.open(self._target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._note = os.open(self._digests, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for future in self._hashing:
+            future.cancel()
+        os.close(self._file)
+        os.close(self._note)
+
+    def prove(self, watch: Watcher) -> None:
+        """Keep what is here up to the first block that is not what its digest says."""
+        noted = os.pread(self._note, os.fstat(self._note).st_size, 0)
+        size = os.fstat(self._file).st_size
+        for start in range(0, len(noted) - _DIGEST + 1, _DIGEST):
+            offset, wanted = self.done, noted[start : start + _DIGEST]
+            length = self.length_at(offset, self.total)
+            if not length or offset + length > size or self._read_back(offset, length) != wanted:
+                break
+            self._proven.append(wanted)
+            self.done += length
+            watch.progress(self.done, self.total, "checking what has arrived")
+        os.ftruncate(self._note, len(self._proven) * _DIGEST)
+        os.lseek(self._note, 0, os.SEEK_END)
+        os.ftruncate(self._file, self.done)
+        os.ftruncate(self._file, self.total)
+
+    def length_at(self, offset: int, size: int) -> int:
+        """How long the block at `offset` is in a file or export of `size` bytes."""
+        return max(0, min(BLOCK, size - offset))
+
+    def write(self, piece: Piece) -> None:
+        """Put data in its place; holes are there already."""
+        if piece.data is None:
+            return
+        self._with_data.add(piece.read)
+        at, data = piece.offset, piece.data[: max(0, self.total - piece.offset)]
+        while data:
+            written = os.pwrite(self._file, data, at)
+            at, data = at + written, data[written:]
+
+    def finish(self, offset: int, pool: ThreadPoolExecutor) -> None:
+        """A block is here. Its digest is taken in turn, and what was taken is noted."""
+        self._finished.add(offset)
+        while self.done in self._finished:
+            self._finished.remove(self.done)
+            length = self.length_at(self.done, self.total)
+            self._hashing.append(pool.submit(self._digest_at, self.done, length))
+            self.done += length
+        while self._hashing and (self._hashing[0].done() or len(self._hashing) > _UNHASHED):
+            self._take()
+
+    def settle(self) -> None:
+        """Wait for the last digests."""
+        while self._hashing:
+            self._take()
+
+    def digest(self) -> str:
+        """The file's, once all of it is here; what was noted is needed no more."""
+        self._digests.unlink(missing_ok=True)
+        return digest_of_blocks(self._proven, self.total)
+
+    def _take(self) -> None:
+        found = self._hashing.popleft().result()
+        self._proven.append(found)
+        os.write(self._note, found)
+
+    def _digest_at(self, offset: int, length: int) -> bytes:
+        if offset not in self._with_data:
+            return ZERO_BLOCK
+        self._with_data.discard(offset)
+        return self._read_back(offset, length)
+
+    def _read_back(self, offset: int, length: int) -> bytes:
+        return digest_of_block(os.pread(self._file, length, offset))
