@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from celery import chain, group
 from pydantic import Field, model_validator
@@ -17,6 +17,7 @@ from worker.engine.registry import Registry
 from worker.engine.requests import ExistingInstance, OperationId, Target, require_settled
 from worker.errors import InvalidSpec, InvalidState
 from worker.models import Frozen, Move, Name, NewSizes, WaitFor
+from worker.settings import Transport, get_settings
 
 
 class Ready(Frozen):
@@ -41,12 +42,15 @@ class MigrateRequest(ExistingInstance, NewSizes, Shutdown, Ready):
     """Move an instance to host `to`, where it may get new sizes. It is shut down for that, as in `ShutdownRequest`.
 
     Its former copy is kept aside until the move is confirmed: by hand, or by itself with `auto_confirm`. Each of its
-    disks is copied with at most `bandwidth_mib` MiB per second.
+    disks is copied with at most `bandwidth_mib` MiB per second, over `transport` if not by the fleet's setting. With
+    `flatten` the root disk stands alone there, without the image that it was made from.
     """
 
     to: Name
     auto_confirm: bool = False
     bandwidth_mib: Annotated[int, Field(ge=1)] | None = None
+    transport: Transport | None = None
+    flatten: bool = False
 
     def sizes(self) -> NewSizes:
         """What of it is to change."""
@@ -58,7 +62,8 @@ class MigrateRequest(ExistingInstance, NewSizes, Shutdown, Ready):
         fleet.require_host(self.to)
         if found.host == self.to:
             raise InvalidSpec(f"to: {found.name} is on host {self.to} already", field="to", given=self.to)
-        return Target(found.name, str(found.uuid), found.host, {"files": list(found.files)})
+        transport = self.transport or get_settings().copy_transport
+        return Target(found.name, str(found.uuid), found.host, {"files": list(found.files), "transport": transport})
 
 
 class Decision(ExistingInstance):
@@ -95,10 +100,12 @@ def migrate(op: Operation[MigrateRequest]) -> Canvas:
     return chain(
         steps.describe_source.on(op),
         steps.preflight.on(op, host=to),
-        steps.prepare_destination.on(op, host=to),
+        group(steps.prepare_destination.on(op, host=to), *_lent(op, "base")),
         steps.shut_down_source.on(op),
         steps.set_aside.on(op),
+        steps.prepare_source.on(op),
         group(
+            *_lent(op, "disks"),
             *(steps.copy_disk.on(op, host=to, key=f"copy_disk:{name}") for name in files),
             *(steps.fingerprint.on(op, key=f"fingerprint:{name}") for name in files),
         ),
@@ -108,6 +115,11 @@ def migrate(op: Operation[MigrateRequest]) -> Canvas:
         steps.release.on(op),
         steps.take_over.on(op, host=to),
     )
+
+
+def _lent(op: Operation[MigrateRequest], what: str) -> list[Any]:
+    """Over ssh the destination takes what it needs; over NBD the source has to lend it meanwhile."""
+    return [steps.lend.on(op, key=f"lend:{what}")] if op.details.get("transport") == "nbd" else []
 
 
 @operation("virtfleet.confirm", ConfirmRequest)

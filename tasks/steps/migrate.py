@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from tasks.steps.local import local_host, local_instance, register
 from tasks.steps.power import shut_down_for
-from worker.compute import arrival, departure, provision
+from worker.compute import arrival, cargo, departure, provision
+from worker.compute.cargo import Cargo, Fingerprint
 from worker.compute.departure import Departure, Handover
 from worker.compute.local import LocalInstance
 from worker.compute.power import PowerChange
 from worker.compute.resize import RUNS
+from worker.engine.journal import journal
+from worker.engine.record import StepState
 from worker.engine.step import Retries, step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
+from worker.errors import BrokerUnavailable
+from worker.images.remote import Copying
 from worker.models import Frozen, Instance
 
 if TYPE_CHECKING:
@@ -21,6 +27,9 @@ if TYPE_CHECKING:
 
 COPY_RETRIES = Retries(attempts=30, first_pause=2.0, longest_pause=30.0)
 """A cut cable is waited for about a quarter of an hour; what has arrived is kept meanwhile."""
+
+LEND_RETRIES = Retries(attempts=10_000, first_pause=1.0, longest_pause=5.0)
+"""Who has no slot to lend in looks again every few seconds: those who fetch say when it takes too long."""
 
 FINISH_RETRIES = Retries(attempts=100, first_pause=2.0, longest_pause=60.0)
 """What is not undone any more is tried for an hour and a half."""
@@ -40,21 +49,49 @@ class Acknowledged(Frozen):
 @step("describe_source", queue="disk")
 def describe_source(ctx: StepContext, request: MigrateRequest) -> Departure:
     """Find out what there is to move, and mark its directory."""
-    return departure.describe(local_instance(ctx), request.sizes(), tuple(ctx.record.details["files"]), ctx)
+    instance, files = local_instance(ctx), tuple(ctx.record.details["files"])
+    cargo.require_lendable(instance.local, _how(ctx, request))
+    return departure.describe(instance, request.sizes(), files, ctx, flatten=request.flatten)
 
 
 @step("preflight", queue="disk")
-def preflight(ctx: StepContext, request: MigrateRequest) -> arrival.Place:  # noqa: ARG001
+def preflight(ctx: StepContext, request: MigrateRequest) -> arrival.Place:
     """Refuse what the destination cannot do; see whether it shares the source's storage; reserve space."""
-    return arrival.preflight(local_instance(ctx), ctx.result(describe_source), ctx.registry.peer(ctx.record.host), ctx)
+    peer, how = ctx.registry.peer(ctx.record.host), _how(ctx, request)
+    return arrival.preflight(local_instance(ctx), ctx.result(describe_source), peer, ctx, how=how)
 
 
 @step("prepare_destination", queue="disk", retries=COPY_RETRIES)
-def prepare_destination(ctx: StepContext, request: MigrateRequest) -> None:  # noqa: ARG001
+def prepare_destination(ctx: StepContext, request: MigrateRequest) -> arrival.Base:
     """Make the directory, and bring the base image, while the guest still runs."""
-    if not ctx.result(preflight).shared:
-        peer = ctx.registry.peer(ctx.record.host)
-        arrival.prepare(local_instance(ctx), ctx.result(describe_source), peer, ctx)
+    if ctx.result(preflight).shared:
+        return arrival.Base()
+    peer, how = ctx.registry.peer(ctx.record.host), _how(ctx, request)
+    return arrival.prepare(local_instance(ctx), ctx.result(describe_source), peer, ctx, how=how)
+
+
+@step("lend", queue="control", retries=LEND_RETRIES)
+def lend(ctx: StepContext, request: MigrateRequest) -> None:
+    """Lend the files that another host fetches over NBD meanwhile."""
+    if ctx.result(preflight).shared:
+        return
+    local, leaving = local_host(ctx), ctx.result(describe_source)
+    root = local.data.root
+    if _part(ctx) == "base":
+        paths = [local.data.instance(ctx.uuid).spec, *([local.data.images / leaving.base] if leaving.base else [])]
+    else:
+        paths = [root / part.path for part in ctx.result(prepare_source).parts.values()]
+    cargo.lend(local, [path for path in paths if path.exists()], _how(ctx, request), partial(_are_fetched, ctx), ctx)
+
+
+def _are_fetched(ctx: StepContext) -> bool:
+    """Whether all the steps on the other host are done that run beside this one."""
+    beside = next(stage for stage in ctx.record.stages if ctx.plan in stage)
+    try:
+        steps = journal().read(ctx.operation).steps
+    except BrokerUnavailable:
+        return False
+    return all(steps[plan.key].state is StepState.DONE for plan in beside if plan.host != ctx.host)
 
 
 @step("shut_down_source", queue="control")
@@ -70,21 +107,32 @@ def set_aside(ctx: StepContext, request: MigrateRequest) -> Acknowledged:
     return Acknowledged(host=ctx.host, fence=ctx.fence, authoritative=ctx.host)
 
 
+@step("prepare_source", queue="disk")
+def prepare_source(ctx: StepContext, request: MigrateRequest) -> Cargo:  # noqa: ARG001
+    """See what there is to copy, now that it does not change any more; flatten the root disk if it has to be."""
+    if ctx.result(preflight).shared:
+        return Cargo()
+    leaving = ctx.result(describe_source)
+    flat = leaving.base is not None and ctx.result(prepare_destination).name is None
+    return cargo.load(local_instance(ctx), leaving.files, ctx, flat=flat)
+
+
 @step("copy_disk", queue="disk", retries=COPY_RETRIES)
 def copy_disk(ctx: StepContext, request: MigrateRequest) -> arrival.Copied | None:
     """Copy one file, continuing what has arrived, and read it back."""
     if ctx.result(preflight).shared:
         return None
-    instance, name, peer = local_instance(ctx), _part(ctx), ctx.registry.peer(ctx.record.host)
-    how = arrival.copying(instance.local, request.bandwidth_mib)
-    size = ctx.result(describe_source).files[name]
-    return arrival.copy_file(instance, name, peer, ctx, size=size, how=how)
+    name, peer = _part(ctx), ctx.registry.peer(ctx.record.host)
+    part = ctx.result(prepare_source).parts[name]
+    return arrival.copy_file(local_instance(ctx), name, part, peer, ctx, how=_how(ctx, request))
 
 
 @step("fingerprint", queue="disk")
-def fingerprint(ctx: StepContext, request: MigrateRequest) -> str:  # noqa: ARG001
+def fingerprint(ctx: StepContext, request: MigrateRequest) -> Fingerprint | None:  # noqa: ARG001
     """Read one file at its source, while it is copied."""
-    return "" if ctx.result(preflight).shared else departure.fingerprint(local_instance(ctx), _part(ctx), ctx)
+    if ctx.result(preflight).shared:
+        return None
+    return cargo.fingerprint(local_instance(ctx), _part(ctx), ctx.result(prepare_source), ctx)
 
 
 @step("verify_disks", queue="disk")
@@ -93,10 +141,11 @@ def verify_disks(ctx: StepContext, request: MigrateRequest) -> None:  # noqa: AR
     leaving = ctx.result(describe_source)
     if ctx.result(preflight).shared:
         return
-    arrived = {name: ctx.result(copy_disk, f"copy_disk:{name}") for name in leaving.files}
-    sent = {name: ctx.result(fingerprint, f"fingerprint:{name}") for name in leaving.files}
-    pairs = {name: (sent[name], copied.digest if copied else "") for name, copied in arrived.items()}
-    arrival.verify(local_instance(ctx), leaving, pairs, ctx)
+    pairs = {}
+    for name in leaving.files:
+        sent, copied = ctx.result(fingerprint, f"fingerprint:{name}"), ctx.result(copy_disk, f"copy_disk:{name}")
+        pairs[name] = (sent.sent if sent else "", copied.digest if copied else "")
+    arrival.verify(local_instance(ctx), leaving, ctx.result(prepare_source), pairs, ctx)
 
 
 @step("define_destination", queue="control")
@@ -135,7 +184,8 @@ def take_over(ctx: StepContext, request: MigrateRequest) -> Instance:
 def _handover(ctx: StepContext, request: MigrateRequest, phase: Literal["moving", "moved"]) -> Handover:
     source, destination = ctx.record.host, request.to
     leaving = ctx.result(describe_source)
-    sent = {name: ctx.record.steps[f"fingerprint:{name}"].result for name in leaving.files}
+    done = [name for name in leaving.files if ctx.record.steps[f"fingerprint:{name}"].state is StepState.DONE]
+    found = {name: ctx.result(fingerprint, f"fingerprint:{name}") for name in done}
     return Handover(
         operation=ctx.operation,
         phase=phase,
@@ -143,8 +193,13 @@ def _handover(ctx: StepContext, request: MigrateRequest, phase: Literal["moving"
         leftover=destination if phase == "moving" else source,
         shared=ctx.result(preflight).shared,
         departure=leaving,
-        digests={name: digest for name, digest in sent.items() if digest},
+        digests={name: prints.kept for name, prints in found.items() if prints},
     )
+
+
+def _how(ctx: StepContext, request: MigrateRequest) -> Copying:
+    transport = ctx.record.details.get("transport", "ssh")
+    return cargo.copying(local_host(ctx), transport, ctx.operation, request.bandwidth_mib)
 
 
 def _part(ctx: StepContext) -> str:

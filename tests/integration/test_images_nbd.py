@@ -106,9 +106,7 @@ def test_content_and_holes_arrive(host: LabHost, peer: Peer, how: Nbd, source: P
     assert [path.name for path in tmp_path.iterdir() if "digests" in path.name] == []
 
 
-def test_what_has_arrived_is_not_sent_again(
-    host: LabHost, peer: Peer, how: Nbd, source: Path, tmp_path: Path
-) -> None:
+def test_what_has_arrived_is_not_sent_again(host: LabHost, peer: Peer, how: Nbd, source: Path, tmp_path: Path) -> None:
     target, watch = tmp_path / "target", Stoppable()
     watch.stop_at = 40 * MIB
     assert host.cable
@@ -146,10 +144,18 @@ def test_a_server_that_dies_is_a_broken_connection_that_can_be_continued(
     with ThreadPoolExecutor(1) as pool:
         with lent(host, how, source):
             copying = pool.submit(
-                nbd.fetch, peer, source, tmp_path / "target", how, slow, total=64 * MIB + 1001, stall=1, bandwidth=16 * MIB
+                nbd.fetch,
+                peer,
+                source,
+                tmp_path / "target",
+                how,
+                slow,
+                total=64 * MIB + 1001,
+                stall=1,
+                bandwidth=16 * MIB,
             )
             wait_until(lambda: slow.last_progress[0] > 20 * MIB, 20, "some of it has arrived")
-        with pytest.raises(TransferInterrupted, match="broke off|does not lend"):
+        with pytest.raises(TransferInterrupted, match=r"broke off|does not lend"):
             copying.result(30)
     with lent(host, how, source):
         fetch(peer, source, tmp_path / "target", how)

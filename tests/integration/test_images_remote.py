@@ -74,7 +74,7 @@ def test_what_is_there_is_not_sent_again(
     os.truncate(target, kept)
     assert host.cable
     before = host.cable.received()
-    remote.fetch(peer, source, target, copying, Alone())
+    remote.fetch(peer, source, target, copying, Alone(), total=64 * MIB)
     assert digest(target) == digest(source)
     assert target.stat().st_blocks <= 1.05 * source.stat().st_blocks
     rest = sum(max(0, (start + 4) * MIB + 4096 - max(kept, start * MIB + 4096)) for start in (0, 5, 20, 50))
@@ -88,7 +88,7 @@ def test_a_host_whose_key_is_not_known_gets_no_connection(
     nobody.touch()
     strange = replace(copying, ssh=replace(copying.ssh, known_hosts=nobody))
     with pytest.raises(ConnectionMisconfigured, match="host key is known"):
-        remote.fetch(peer, source, tmp_path / "target", strange, Alone())
+        remote.fetch(peer, source, tmp_path / "target", strange, Alone(), total=64 * MIB)
 
 
 def test_a_key_that_is_not_allowed_is_named(peer: Peer, copying: remote.Copying, tmp_path: Path) -> None:
@@ -103,13 +103,13 @@ def test_a_file_that_is_not_there_is_no_broken_connection(
     host: LabHost, peer: Peer, copying: remote.Copying, tmp_path: Path
 ) -> None:
     with pytest.raises(CommandFailed, match="No such file"):
-        remote.fetch(peer, host.data / "nothing", tmp_path / "target", copying, Alone())
+        remote.fetch(peer, host.data / "nothing", tmp_path / "target", copying, Alone(), total=64 * MIB)
 
 
 def test_a_dead_host_is_noticed(peer: Peer, copying: remote.Copying, source: Path, tmp_path: Path) -> None:
     gone = peer.model_copy(update={"address": "127.0.0.1"})
     with pytest.raises((TransferInterrupted, ConnectionMisconfigured)):
-        remote.fetch(gone, source, tmp_path / "target", copying, Alone())
+        remote.fetch(gone, source, tmp_path / "target", copying, Alone(), total=64 * MIB)
 
 
 class Stoppable(Alone):
@@ -134,11 +134,11 @@ def test_copies_wait_for_a_slot_on_the_other_host_and_can_be_cancelled_while_the
     watch, target = Stoppable(), tmp_path / "target"
     with (host.data / ".outgoing-0.lock").open("w") as slot, ThreadPoolExecutor(1) as pool:
         fcntl.flock(slot, fcntl.LOCK_EX)  # as rsync holds it while it sends
-        running = pool.submit(remote.fetch, peer, source, target, copying, watch)
+        running = pool.submit(remote.fetch, peer, source, target, copying, watch, total=64 * MIB)
         wait_until(lambda: any("outgoing copies on hosta" in note for note in watch.notes), 30, "it waits")
         assert not target.exists()
         watch.stop = True
         with pytest.raises(Cancelled):
             running.result(10)
-    remote.fetch(peer, source, target, copying, Alone())
+    remote.fetch(peer, source, target, copying, Alone(), total=64 * MIB)
     assert digest(target) == digest(source)

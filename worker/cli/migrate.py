@@ -8,6 +8,7 @@ import typer
 
 from tasks.migrate import ConfirmRequest, MigrateRequest, RevertRequest
 from worker.cli.options import Call, Instance, NewSizes, Readiness, Shutdown, grouped
+from worker.settings import Transport
 
 app = typer.Typer(no_args_is_help=True, help="Decide about the copy that a migration left behind.")
 
@@ -18,6 +19,8 @@ def migrate(
     to: Annotated[str, typer.Option(help="Host to move it to.")],
     auto_confirm: Annotated[bool, typer.Option("--auto-confirm", help="Confirm as soon as it is there.")] = False,
     bandwidth: Annotated[int | None, typer.Option(metavar="MIB", help="Most MiB per second for each disk.")] = None,
+    transport: Annotated[Transport | None, typer.Option(help="How to copy. Default: VIRTFLEET_COPY_TRANSPORT.")] = None,
+    flatten: Annotated[bool, typer.Option("--flatten", help="Make the root disk independent of its image.")] = False,
     *,
     sizes: NewSizes,
     shutdown: Shutdown,
@@ -31,6 +34,8 @@ def migrate(
         to=to,
         auto_confirm=auto_confirm,
         bandwidth_mib=bandwidth,
+        transport=transport,
+        flatten=flatten,
         **vars(sizes),
         **vars(shutdown),
         **vars(readiness),

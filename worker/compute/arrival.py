@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import structlog
-
 from worker.compute import accel, disks
+from worker.compute.cargo import Cargo, Part
 from worker.compute.departure import Departure, Handover, handover_of, note
 from worker.compute.local import LocalHost, LocalInstance
 from worker.compute.provision import (
@@ -17,22 +16,39 @@ from worker.compute.provision import (
 )
 from worker.compute.resize import require_spec
 from worker.context import Context
-from worker.errors import ChecksumMismatch, InstanceExists, InvalidSpec, InvalidState, UnsupportedByHost
+from worker.errors import (
+    ChecksumMismatch,
+    CommandFailed,
+    ImageNotFound,
+    ImageRejected,
+    InstanceExists,
+    InvalidSpec,
+    InvalidState,
+    SnapshotNotFound,
+    Stalled,
+    TransferInterrupted,
+    UnsupportedByHost,
+)
 from worker.images import qemu_img, remote
 from worker.images.digest import content_digest
-from worker.images.files import (
-    locked,
-    publish,
-    replace_json,
-    size_of,
-)
-from worker.images.layout import ASIDE, DataDir
-from worker.images.remote import Copying, Ssh
+from worker.images.files import locked, publish, replace_json, size_of
+from worker.images.layout import DataDir
+from worker.images.remote import Copying
 from worker.images.reserve import Ledger
 from worker.images.swap import make_swap
-from worker.models import MIB, BaseImage, Frozen, Peer, PowerState
+from worker.models import Frozen, Peer, PowerState
+from worker.virt.domain_xml import parse_firmware
 
-log = structlog.get_logger(__name__)
+NOT_TO_BE_HAD = (
+    ImageNotFound,
+    ImageRejected,
+    SnapshotNotFound,
+    InvalidSpec,
+    ChecksumMismatch,
+    TransferInterrupted,
+    Stalled,
+)
+"""Why an image does not come from where it was once fetched: it may have been replaced there since."""
 
 
 class Place(Frozen):
@@ -40,6 +56,13 @@ class Place(Frozen):
 
     shared: bool
     reserved: int
+
+
+class Base(Frozen):
+    """The base image that the root disk will stand on here; none where it is to stand alone, and why."""
+
+    name: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Copied(Frozen):
@@ -50,23 +73,10 @@ class Copied(Frozen):
     allocated: int
 
 
-def copying(local: LocalHost, bandwidth_mib: int | None = None) -> Copying:
-    """How this host copies, by its settings; `bandwidth_mib` MiB per second at the most, if that is less."""
-    chosen = local.settings
-    limits = [limit for limit in (chosen.copy_bandwidth_mib, bandwidth_mib) if limit]
-    return Copying(
-        ssh=Ssh(chosen.ssh_user, chosen.ssh_port, chosen.ssh_key, chosen.ssh_known_hosts),
-        slots=local.data.create().root,
-        incoming=chosen.copies_in,
-        stall=chosen.stall_timeout,
-        bandwidth=min(limits) * MIB if limits else None,
-    )
-
-
 # --- before the guest is stopped --------------------------------------------------------------------------------------
 
 
-def preflight(instance: LocalInstance, departure: Departure, peer: Peer, ctx: Context) -> Place:
+def preflight(instance: LocalInstance, departure: Departure, peer: Peer, ctx: Context, *, how: Copying) -> Place:
     """Refuse, while the guest still runs at home, what this host cannot do; reserve the space it will need.
 
     Raises `InstanceExists`, `NetworkNotFound`, `UnsupportedByHost`, `InvalidSpec`, `NoSpace`,
@@ -94,7 +104,7 @@ def preflight(instance: LocalInstance, departure: Departure, peer: Peer, ctx: Co
             f"host {local.name} has files of {instance.name} already, in {local.data.instances}",
             hint="Are they left from an earlier move? Confirm or revert that first, or look into them.",
         )
-    remote.reach(peer, copying(local))
+    remote.reach(peer, how)
     ctx.undo("release_reservation")
     return Place(shared=False, reserved=_reserve(instance, departure, ctx))
 
@@ -111,6 +121,12 @@ def _check_host(instance: LocalInstance, departure: Departure) -> None:
         if able.accel == "kvm" and accel.choose(local, host, None) != "kvm":
             raise UnsupportedByHost(f"{instance.name} runs under KVM, and guests do not on host {local.name}")
         able.require_vcpus(departure.sizes.vcpus)
+        firmware = parse_firmware(departure.xml)
+        if firmware is not None and not firmware.exists():
+            raise UnsupportedByHost(
+                f"{instance.name} boots by the firmware {firmware}, which host {local.name} does not have",
+                hint="Install it, on Debian and Ubuntu with: apt install ovmf",
+            )
 
 
 def sees_our_storage(instance: LocalInstance, departure: Departure, ctx: Context) -> bool:
@@ -124,7 +140,8 @@ def sees_our_storage(instance: LocalInstance, departure: Departure, ctx: Context
 def _reserve(instance: LocalInstance, departure: Departure, ctx: Context) -> int:
     """Have the space promised that is needed, the base image's included if it is not here; bytes."""
     data = instance.local.data
-    has_base = departure.base is None or (data.images / departure.base).exists()
+    # Flattened, the root disk takes what its base takes besides its own; that is as much as the base itself would.
+    has_base = departure.base is None or (not departure.flatten and (data.images / departure.base).exists())
     needed = departure.allocated + (0 if has_base else departure.base_allocated) + METADATA_BYTES
     Ledger(data.root).reserve(ctx.operation, needed, instance.folder.path, instance.local.settings.reserve_bytes, ctx)
     return needed
@@ -138,48 +155,70 @@ def release(data: DataDir, operation: str) -> None:
 # --- the copy ---------------------------------------------------------------------------------------------------------
 
 
-def prepare(instance: LocalInstance, departure: Departure, peer: Peer, ctx: Context) -> None:
+def prepare(instance: LocalInstance, departure: Departure, peer: Peer, ctx: Context, *, how: Copying) -> Base:
     """Make the directory, with the instance's spec and its base image, while the guest still runs at home."""
     ctx.undo("remove_arrival", name=instance.name, uuid=instance.uuid)
-    local, link = instance.local, copying(instance.local)
+    local = instance.local
     with instance.owned(ctx) as folder:
         home = peer.data_dir / "instances" / instance.uuid
         if spec_of(local, instance.uuid) is None:
             unfinished = folder.partial(folder.spec.name)
-            remote.fetch(peer, home / folder.spec.name, unfinished, link, ctx)
+            remote.fetch(peer, home / folder.spec.name, unfinished, how, ctx, total=departure.spec_size)
             publish(unfinished, folder.spec)
-        spec = departure.sizes.on(require_spec(instance))
+        given = require_spec(instance)
+        spec = departure.sizes.on(given)
         if spec.swap_mib:
             make_swap(folder.swap, spec.swap_mib, ctx)
-    if departure.base:
-        bring_base(local, departure.base, peer, ctx)
+    if departure.base is None or departure.flatten:
+        return Base()
+    return bring_base(local, departure, given.image, peer, ctx, how=how)
 
 
-def bring_base(local: LocalHost, name: str, peer: Peer, ctx: Context) -> BaseImage:
-    """The base image of that file name, from this host's cache; brought from the other host if it is not there."""
+def bring_base(local: LocalHost, departure: Departure, image: str, peer: Peer, ctx: Context, *, how: Copying) -> Base:
+    """The base image from this host's cache, else from where the instance's was fetched, else from the other host."""
+    name = departure.base or ""
     cache, sha256 = image_cache(local), name.partition(".")[0]
-    found = cache.find(sha256)
-    if found is None:
-        unfinished = local.data.temporary(ctx.operation, name)
-        remote.fetch(peer, peer.data_dir / "images" / name, unfinished, copying(local), ctx)
-        found = cache.adopt(unfinished, sha256, ctx)
-        unfinished.with_name(f"{unfinished.name}.lock").unlink(missing_ok=True)
-    return found
+    if cache.find(sha256) is not None:
+        return Base(name=name, notes=("the base image was here",))
+    notes = []
+    try:
+        cache.fetch(image, sha256, ctx.operation, ctx)
+    except NOT_TO_BE_HAD as error:
+        notes.append(f"the base image does not come from where it was once fetched: {error.message}")
+    else:
+        return Base(name=name, notes=("the base image came from where it was once fetched",))
+    try:
+        _bring_from(local, departure, peer, ctx, how=how)
+    except (CommandFailed, ImageRejected, ChecksumMismatch) as error:
+        told = f"host {peer.name} has no sound base image {name}: {error.message}; so the root disk comes without one"
+        return Base(notes=(*notes, told))
+    return Base(name=name, notes=(*notes, f"the base image came from host {peer.name}"))
 
 
-def copy_file(instance: LocalInstance, name: str, peer: Peer, ctx: Context, *, size: int, how: Copying) -> Copied:
+def _bring_from(local: LocalHost, departure: Departure, peer: Peer, ctx: Context, *, how: Copying) -> None:
+    name = departure.base or ""
+    unfinished = local.data.temporary(ctx.operation, name)
+    remote.fetch(peer, peer.data_dir / "images" / name, unfinished, how, ctx, total=departure.base_size)
+    image_cache(local).adopt(unfinished, name.partition(".")[0], ctx)
+    unfinished.with_name(f"{unfinished.name}.lock").unlink(missing_ok=True)
+
+
+def copy_file(instance: LocalInstance, name: str, part: Part, peer: Peer, ctx: Context, *, how: Copying) -> Copied:
     """Copy one file of the instance, which is set aside on the other host, and read back what has arrived."""
     folder = instance.folder
     done = next((path for path in (folder.path / name, folder.verified(name)) if path.exists()), None)
-    if done is None:
+    if done is not None:
+        digest = content_digest(done, ctx)
+    else:
         done = folder.partial(name)
-        source = peer.data_dir / "instances" / f"{instance.uuid}{ASIDE}" / name
-        remote.fetch(peer, source, done, how, ctx, total=size)
+        digest = remote.fetch(peer, peer.data_dir / part.path, done, how, ctx, total=part.size)
     found = done.stat()
-    return Copied(digest=content_digest(done, ctx), size=found.st_size, allocated=found.st_blocks * 512)
+    return Copied(digest=digest, size=found.st_size, allocated=found.st_blocks * 512)
 
 
-def verify(instance: LocalInstance, departure: Departure, pairs: dict[str, tuple[str, str]], ctx: Context) -> None:
+def verify(
+    instance: LocalInstance, departure: Departure, cargo: Cargo, pairs: dict[str, tuple[str, str]], ctx: Context
+) -> None:
     """Put the files in place whose content here is what it is at home; `pairs`: digests there and here, by name.
 
     Raises `ChecksumMismatch`: then nothing is put in place.
@@ -194,12 +233,12 @@ def verify(instance: LocalInstance, departure: Departure, pairs: dict[str, tuple
             verified = folder.verified(name)
             if not verified.exists():
                 publish(folder.partial(name), verified, ctx)
-            if departure.base and name == "root.qcow2":
-                base = image_cache(instance.local).require(departure.base.partition(".")[0])
+            if cargo.base and name == "root.qcow2":
+                base = image_cache(instance.local).require(cargo.base.partition(".")[0])
                 qemu_img.rebase(verified, base.path, base.format)
             publish(verified, folder.path / name)
-        for lock in folder.path.glob(".*.part.lock"):
-            lock.unlink()
+        for beside in folder.path.glob(".*.part.*"):
+            beside.unlink()
         spec = departure.sizes.on(require_spec(instance))
         disks.grow(folder, spec, ctx)
         if size_of(folder.spec):

@@ -8,7 +8,7 @@ from typing import Literal
 import structlog
 from pydantic import Field
 
-from worker.compute import disks
+from worker.compute import cargo, disks
 from worker.compute.local import LocalHost, LocalInstance, require_ours
 from worker.compute.power import OFF
 from worker.compute.provision import remove_domain
@@ -17,7 +17,7 @@ from worker.compute.resize import refuse_shrinking, require_spec
 from worker.context import Alone, Context
 from worker.errors import ChecksumMismatch, InternalError, InvalidState, UnsupportedByHost
 from worker.images.digest import content_digest
-from worker.images.files import remove_tree, rename_folder, write_text_durably
+from worker.images.files import allocated_size, remove_tree, rename_folder, write_text_durably
 from worker.models import Frozen, Move, Network, NewSizes, PowerState, Sizes
 from worker.virt.guest import Guest
 
@@ -29,16 +29,20 @@ NOTHING_NEW = NewSizes()
 class Departure(Frozen):
     """What leaves: the domain as it was defined, what it did, and its files with their lengths while it still ran.
 
-    `probe` is what its directory was marked with.
+    `base` is the image in the host's cache that the root disk stands on; with `flatten` it is to stand alone there.
+    `probe` is what its directory was marked with. Sizes in bytes.
     """
 
     power: PowerState
     autostart: bool
     xml: str
     files: dict[str, int]
+    spec_size: int
     allocated: int
     base: str | None
-    base_allocated: int
+    base_size: int = 0
+    base_allocated: int = 0
+    flatten: bool = False
     sizes: Sizes
     resized: bool
     networks: tuple[Network, ...]
@@ -59,10 +63,12 @@ class Handover(Frozen):
     former: Handover | None = None
 
 
-def describe(instance: LocalInstance, wanted: NewSizes, files: tuple[str, ...], ctx: Context) -> Departure:
+def describe(
+    instance: LocalInstance, wanted: NewSizes, files: tuple[str, ...], ctx: Context, *, flatten: bool = False
+) -> Departure:
     """What there is to move, while the guest runs on; marks its directory for `arrival.sees_our_storage`.
 
-    Raises `InvalidState`, `InvalidSpec` (a disk would shrink), `NotOurs`, `UnsupportedByHost`.
+    Raises `InvalidState`, `InvalidSpec` (a disk would shrink), `NotOurs`, `UnsupportedByHost`, `NoSpace`.
     """
     with instance.owned(ctx) as folder, instance.local.libvirt() as host:
         guest = host.guest(instance.uuid)
@@ -75,6 +81,10 @@ def describe(instance: LocalInstance, wanted: NewSizes, files: tuple[str, ...], 
                 f"{instance.name} has the files {', '.join(folder.files())}, but the fleet knows of {', '.join(files)}",
                 hint=f"Have the host looked through: virtfleet hosts sync {instance.local.name}",
             )
+        cached = base is not None and base.parent == instance.local.data.images
+        flatten = base is not None and (flatten or not cached)
+        if flatten:
+            cargo.require_room_to_flatten(folder, instance.local.settings.reserve_bytes)
         ctx.undo("forget_probe", uuid=instance.uuid)
         probe = secrets.token_hex(16)
         write_text_durably(folder.probe(ctx.operation), probe)
@@ -83,9 +93,12 @@ def describe(instance: LocalInstance, wanted: NewSizes, files: tuple[str, ...], 
             autostart=guest.autostart(),
             xml=guest.pinned_xml(),
             files={name: (folder.path / name).stat().st_size for name in files},
-            allocated=sum((folder.path / name).stat().st_blocks * 512 for name in files),
+            spec_size=folder.spec.stat().st_size,
+            allocated=sum(allocated_size(folder.path / name) for name in files),
             base=base.name if base else None,
-            base_allocated=base.stat().st_blocks * 512 if base else 0,
+            base_size=base.stat().st_size if base else 0,
+            base_allocated=allocated_size(base) if base else 0,
+            flatten=flatten,
             sizes=wanted.after(before),
             resized=wanted.after(before) != before,
             networks=spec.networks,
@@ -101,8 +114,12 @@ def _require_movable(instance: LocalInstance, guest: Guest) -> PowerState:
             f"{instance.name} is off with its memory saved, which only this host can go on with",
             hint=f"Let it go on first: virtfleet power on {instance.name}",
         )
-    if guest.has_nvram():
-        raise UnsupportedByHost(f"{instance.name} boots by UEFI: its NVRAM cannot be moved yet")
+    nvram = guest.nvram()
+    if nvram is not None and nvram != instance.folder.nvram:
+        raise UnsupportedByHost(
+            f"{instance.name} has its UEFI variables in {nvram}, outside its folder: they would stay behind",
+            hint=f"Power it off, copy them to {instance.folder.nvram}, and name that file in <nvram>: virsh edit",
+        )
     return power
 
 
@@ -136,7 +153,7 @@ def set_aside(instance: LocalInstance, handover: Handover, ctx: Context) -> None
         if not handover.shared:
             rename_folder(folder.path, aside.folder.path)
         elif guest is not None:
-            guest.undefine()
+            guest.undefine(keep_nvram=True)
 
 
 def put_back(instance: LocalInstance, ctx: Context, *, keep_note: bool = False) -> Handover | None:
@@ -152,7 +169,8 @@ def put_back(instance: LocalInstance, ctx: Context, *, keep_note: bool = False) 
     handover = handover_of(instance)
     if handover is None or (handover.operation != ctx.operation and not keep_note):
         return None  # this operation has not come to setting it aside
-    with instance.owned(ctx), instance.local.libvirt() as host:
+    with instance.owned(ctx) as folder, instance.local.libvirt() as host:
+        folder.flat.unlink(missing_ok=True)
         guest = host.find_uuid(instance.uuid) or host.restore(handover.departure.xml, instance.owner(ctx))
         guest.claim(instance.owner(ctx))
         guest.set_autostart(enabled=handover.departure.autostart)
@@ -197,7 +215,8 @@ def counts_here(local: LocalHost, name: str, uuid: str) -> bool:
 
 def release(instance: LocalInstance, handover: Handover, ctx: Context) -> None:
     """Acknowledge, on the host that was left, that its copy does not count any more."""
-    with instance.aside.owned(ctx) if not handover.shared else instance.owned(ctx):
+    with instance.aside.owned(ctx) if not handover.shared else instance.owned(ctx) as folder:
+        folder.flat.unlink(missing_ok=True)
         note(instance if handover.shared else instance.aside, handover)
 
 
@@ -230,11 +249,6 @@ def set_aside_again(instance: LocalInstance, migration: str, counts: str, ctx: C
             guest.destroy()
     was = {"operation": migration, "phase": "moved", "authoritative": counts, "leftover": instance.local.name}
     set_aside(instance, handover.model_copy(update=was), Alone(ctx.operation, ctx.fence))
-
-
-def fingerprint(instance: LocalInstance, name: str, ctx: Context) -> str:
-    """The digest of a file of the copy that is set aside."""
-    return content_digest(instance.aside.folder.path / name, ctx)
 
 
 def prove_aside(instance: LocalInstance, migration: str, ctx: Context) -> Handover:

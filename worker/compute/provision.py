@@ -307,7 +307,9 @@ def _last_words(log: Path) -> str:
 
 
 def remove_domain(instance: LocalInstance, ctx: Context, *, foreign: bool = False) -> bool:
-    """Power off and forget the domain, with its NVRAM, saved memory and snapshot records; False when it is gone.
+    """Power off and forget the domain, with its saved memory and snapshot records; False when it is gone.
+
+    Its files stay, its NVRAM among them: on shared storage they may be another host's by now.
 
     Raises `NotOurs` for a domain without the fleet's mark, `FenceTooLow`.
     """
@@ -318,7 +320,7 @@ def remove_domain(instance: LocalInstance, ctx: Context, *, foreign: bool = Fals
         require_ours(guest, foreign=foreign)
         guest.check_fence(instance.owner(ctx))
         guest.destroy()
-        guest.undefine()
+        guest.undefine(keep_nvram=True)
         return True
 
 

@@ -52,6 +52,11 @@ class InstanceDir:
         return self.path / "nvram.fd"
 
     @property
+    def flat(self) -> Path:
+        """The root disk without its base, made to be copied."""
+        return self.path / ".root.qcow2.flat"
+
+    @property
     def console_log(self) -> Path:
         """What the guest wrote to its serial console."""
         return self.path / "console.log"

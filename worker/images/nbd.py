@@ -25,7 +25,7 @@ _AT_ONCE = 16  # reads of a block each under way on a connection
 _UNHASHED = 64  # blocks that may wait for their digest
 _DIGEST = len(ZERO_BLOCK)
 _LOOK_AGAIN = 0.5  # seconds
-_HINT = (
+HINT = (
     "VIRTFLEET_NBD_TLS_DIR must hold what libvirt needs for migration over TLS: ca-cert.pem, server-cert.pem, "
     "server-key.pem, client-cert.pem, client-key.pem (qemu(1), TLS); plain connections need VIRTFLEET_NBD_PLAIN=1."
 )
@@ -54,7 +54,7 @@ class Nbd:
             context = ssl.create_default_context(cafile=str(self.tls / "ca-cert.pem"))
             context.load_cert_chain(self.tls / "client-cert.pem", self.tls / "client-key.pem")
         except OSError as error:  # ssl.SSLError is one
-            raise ConnectionMisconfigured(f"no certificates for NBD in {self.tls}: {error}", hint=_HINT) from error
+            raise ConnectionMisconfigured(f"no certificates for NBD in {self.tls}: {error}", hint=HINT) from error
         return context
 
 
@@ -94,7 +94,7 @@ def _not_lent(error: CommandFailed, nbd: Nbd) -> Exception:
         ports = f"{nbd.ports[0]}-{nbd.ports[-1]}"
         return TransferInterrupted(f"no TCP port of {ports} is free", hint="Widen VIRTFLEET_NBD_PORTS.")
     if "credentials" in said or "certificate" in said.lower():
-        return ConnectionMisconfigured(f"files cannot be lent over NBD: {said}", hint=_HINT)
+        return ConnectionMisconfigured(f"files cannot be lent over NBD: {said}", hint=HINT)
     return error
 
 
@@ -169,11 +169,12 @@ def _copy(connection: Connection, arrived: _Arrived, watch: Watcher, bandwidth: 
 def _connected(peer: Peer, export: str, nbd: Nbd, watch: Watcher, stall: float) -> Iterator[Connection]:
     """A connection to the export, on whichever port it is lent; waited for as long as the other host may rest."""
     deadline, tls = time.monotonic() + stall, nbd.client()
-    while (found := _find(peer, export, nbd, tls, watch.check, stall)) is None:
+    while (found := _find(peer, export, nbd, tls, watch.check, stall=stall)) is None:
         watch.progress(0, None, f"waiting until host {peer.name} lends {export.rpartition('/')[2]}")
         if time.monotonic() > deadline:
             raise TransferInterrupted(
-                f"host {peer.name} ({peer.address}) does not lend {export} on any port of {nbd.ports[0]}-{nbd.ports[-1]}",
+                f"host {peer.name} ({peer.address}) does not lend {export} on any port from {nbd.ports[0]}"
+                f" to {nbd.ports[-1]}",
                 hint="Its control worker must run there; the ports must be the same in both hosts' "
                 "VIRTFLEET_NBD_PORTS, and open between them.",
             )
@@ -183,7 +184,7 @@ def _connected(peer: Peer, export: str, nbd: Nbd, watch: Watcher, stall: float) 
 
 
 def _find(
-    peer: Peer, export: str, nbd: Nbd, tls: ssl.SSLContext | None, check: Callable[[], None], stall: float
+    peer: Peer, export: str, nbd: Nbd, tls: ssl.SSLContext | None, check: Callable[[], None], *, stall: float
 ) -> Connection | None:
     for port in nbd.ports:
         check()
@@ -193,7 +194,7 @@ def _find(
             continue
         except (ssl.SSLError, NbdError) as error:
             raise ConnectionMisconfigured(
-                f"host {peer.name} ({peer.address}, port {port}) and this one do not agree on NBD: {error}", hint=_HINT
+                f"host {peer.name} ({peer.address}, port {port}) and this one do not agree on NBD: {error}", hint=HINT
             ) from error
     return None
 

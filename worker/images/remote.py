@@ -96,15 +96,13 @@ def fetch(peer: Peer, source: Path, target: Path, copying: Copying, watch: Watch
     """
     with _slot(copying, watch) as slot:
         if copying.nbd:
-            limits = {"stall": copying.stall, "bandwidth": copying.bandwidth}
-            return nbd.fetch(peer, source, target, copying.nbd, watch, total=total, **limits)
+            stall, bandwidth = copying.stall, copying.bandwidth
+            return nbd.fetch(peer, source, target, copying.nbd, watch, total=total, stall=stall, bandwidth=bandwidth)
         _rsync(peer, source, target, copying, watch, total=total, slot=slot)
     return content_digest(target, watch)
 
 
-def _rsync(
-    peer: Peer, source: Path, target: Path, copying: Copying, watch: Watcher, *, total: int, slot: int
-) -> None:
+def _rsync(peer: Peer, source: Path, target: Path, copying: Copying, watch: Watcher, *, total: int, slot: int) -> None:
     lock = target.with_name(f"{target.name}.lock")
     with locked(lock, wait=20.0, watch=watch) as descriptor:
         continues = size_of(target) > 0

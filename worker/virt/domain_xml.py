@@ -60,6 +60,10 @@ def redefined(xml: str, config: DomainConfig) -> str:
         _replace(old, new, path)
     for outdated in old.findall("currentMemory"):
         old.remove(outdated)
+    nvram = old.find("os/nvram")
+    # One that lies where libvirt puts them stays there: it has been so since before the fleet chose the place.
+    if nvram is not None and config.nvram and Path(str(nvram.text)).name == config.nvram.name:
+        nvram.text = str(config.nvram)
     _set_owner(old, config.owner)
     _replace_disks(_found(old, "devices"), new.findall("devices/disk"))
     for log in old.iterfind("devices/*/log"):
@@ -177,6 +181,12 @@ def _guest_disk(disk: _Element) -> GuestDisk:
 def parse_nvram(xml: str) -> Path | None:
     """The file with a guest's UEFI variables, if it has one."""
     path = parse(xml).findtext("./os/nvram")
+    return Path(path) if path else None
+
+
+def parse_firmware(xml: str) -> Path | None:
+    """The file with the firmware that a guest boots by, where libvirt has put down which it is."""
+    path = parse(xml).findtext("./os/loader")
     return Path(path) if path else None
 
 

@@ -26,7 +26,17 @@ from worker.errors import (
 )
 from worker.models import GuestDisk, Owner, PowerState
 from worker.virt.bounded import bounded
-from worker.virt.domain_xml import NAMESPACE, PREFIX, accel_of, owner_xml, parse, parse_disks, parse_owner, with_cpu_of
+from worker.virt.domain_xml import (
+    NAMESPACE,
+    PREFIX,
+    accel_of,
+    owner_xml,
+    parse,
+    parse_disks,
+    parse_nvram,
+    parse_owner,
+    with_cpu_of,
+)
 from worker.virt.faults import translated
 
 _GUEST_PING = '{"execute":"guest-ping"}'
@@ -67,6 +77,8 @@ _UNDEFINE_FLAGS = (
     _UNDEFINE_ALL & ~libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA,
     libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA,
 )
+_KEEP_NVRAM = libvirt.VIR_DOMAIN_UNDEFINE_NVRAM | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
+"""Turns the one into the other, which exclude each other."""
 
 
 class Guest:
@@ -154,9 +166,9 @@ class Guest:
         stored = self.xml(inactive=True)
         return with_cpu_of(stored, self.xml()) if self.is_active() and self.accel() == "kvm" else stored
 
-    def has_nvram(self) -> bool:
-        """Whether it has UEFI variables of its own, which lie outside its directory."""
-        return parse(self.xml(inactive=True)).find("os/nvram") is not None
+    def nvram(self) -> Path | None:
+        """The file with its UEFI variables, if it has some."""
+        return parse_nvram(self.xml(inactive=True))
 
     def disk_paths(self) -> dict[str, Path]:
         """Target (vda, ...) and file of each disk, as the guest uses them now."""
@@ -387,7 +399,7 @@ class Guest:
         with self._trying_to("set the autostart of"):
             self._domain.setAutostart(int(enabled))
 
-    def undefine(self) -> None:
+    def undefine(self, *, keep_nvram: bool = False) -> None:
         """Forget the domain, its NVRAM, saved memory and snapshot records, never its disks; gone is success.
 
         Raises InvalidState while the guest runs: libvirt would make it transient, lost at its power-off.
@@ -398,14 +410,14 @@ class Guest:
             )
         try:
             with self._trying_to("undefine"):
-                self._undefine()
+                self._undefine(keep_nvram=keep_nvram)
         except InstanceNotFound:
             return
 
-    def _undefine(self) -> None:
+    def _undefine(self, *, keep_nvram: bool) -> None:
         for flags in _UNDEFINE_FLAGS[:-1]:
             try:
-                self._domain.undefineFlags(flags)
+                self._domain.undefineFlags(flags ^ _KEEP_NVRAM if keep_nvram else flags)
             except libvirt.libvirtError as error:
                 if error.get_error_code() != libvirt.VIR_ERR_INVALID_ARG:
                     raise
