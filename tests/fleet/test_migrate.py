@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.fleet.instances import Lab, definition, domain, domains, lab_of
+from tests.fleet.moves import (
+    FORCE,
+    MIB,
+    arrived,
+    begin,
+    cancel,
+    contents,
+    disks,
+    ended,
+    forget_all,
+    idle,
+    kill_libvirtd,
+    kill_workers,
+    leftovers,
+    runs_at_home_as_before,
+    step,
+    unmarked,
+    write,
+)
 from tests.fleet.parts import idle_image
 from tests.lab import lab_folder, wait_until
 from worker.context import Alone
 from worker.images.files import available_space
 from worker.images.reserve import Ledger
 
-MIB = 1024**2
-DATA_MIB = 48
-FORCE = {"timeout": 0}
 HOSTS = ("hosta", "hostb")
 _names = (f"mover-{number}" for number in itertools.count(1))
 
@@ -39,86 +51,12 @@ def lab() -> Iterator[Lab]:
 def nothing_remains(lab: Lab) -> Iterator[None]:
     """After each test no host has anything left of its instances."""
     yield
-    for name, one in lab.instances().items():
-        if one["move"]:
-            lab.done("confirm", instance=name)
-        lab.done("destroy", instance=name, wait_if_busy=True)
-    assert {name: domains(host) for name, host in lab.fleet.hosts.items()} == {"hosta": {}, "hostb": {}}
-    assert {name: leftovers(lab, name) for name in HOSTS} == {"hosta": [], "hostb": []}
+    forget_all(lab)
 
 
 @pytest.fixture
 def name() -> str:
     return next(_names)
-
-
-def leftovers(lab: Lab, host: str) -> list[str]:
-    data = lab.fleet.hosts[host].data
-    return sorted(str(path.relative_to(data)) for kind in ("instances", "tmp") for path in (data / kind).glob("*"))
-
-
-def idle(lab: Lab, name: str, **options: Any) -> str:
-    """An instance whose guest does nothing, with data on its disks; its uuid."""
-    image = str(lab.fleet.hosts["hosta"].images / "idle.qcow2")
-    record = lab.done("spawn", name=name, host="hosta", image=image, memory_mib=64, **{"disk_gib": 1, **options})
-    uuid = str(record["uuid"])
-    lab.done("power_off", instance=name, **FORCE)
-    for disk in disks(lab.folder("hosta", uuid)):
-        write(disk, DATA_MIB)
-    lab.done("power_on", instance=name)
-    return uuid
-
-
-def disks(folder: Path) -> list[Path]:
-    return sorted([*folder.glob("root.*"), *folder.glob("ephemeral*.qcow2")])
-
-
-def write(disk: Path, mib: int) -> None:
-    """Put random data on a disk of a guest that is off."""
-    form, random = disk.suffix.removeprefix("."), disk.with_name("random")
-    subprocess.run(["dd", "if=/dev/urandom", f"of={random}", "bs=1M", f"count={mib}", "status=none"], check=True)
-    write = f"write -q -s {random} 1M {mib}M"
-    subprocess.run(["qemu-io", "-f", form, "-c", write, str(disk)], check=True, capture_output=True)
-    random.unlink()
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """What a guest reads from the beginning of each disk, where its data is."""
-    found = {}
-    for disk in disks(folder):
-        flat, form = disk.with_name("flat"), disk.suffix.removeprefix(".")
-        subprocess.run(["qemu-img", "convert", "-U", "-f", form, "-O", "raw", str(disk), str(flat)], check=True)
-        with flat.open("rb") as file:
-            found[disk.name] = hashlib.blake2b(file.read((DATA_MIB + 2) * MIB)).hexdigest()
-        flat.unlink()
-    return found
-
-
-def ended(lab: Lab, operation: str, timeout: float = 240) -> dict[str, Any]:
-    """The record of an operation once it is over."""
-    wait_until(lambda: lab.field(operation, "ended_at"), timeout, f"{operation} ends")
-    return lab.run("operation", operation).record
-
-
-def begin(lab: Lab, name: str, **options: Any) -> str:
-    """Have an instance moved to hostb; the operation's id."""
-    operation = f"moving-{name}"
-    lab.scheduler.send("migrate", instance=name, to="hostb", operation_id=operation, **FORCE, **options)
-    wait_until(lambda: lab.field(operation, "state"), 30, f"{operation} is admitted")
-    return operation
-
-
-def step(record: dict[str, Any], key: str) -> dict[str, Any]:
-    return next(one for one in record["steps"] if one["key"] == key)
-
-
-def runs_at_home_as_before(lab: Lab, name: str, uuid: str, before: dict[str, str]) -> None:
-    assert domains(lab.fleet.hosts["hosta"]) == {name: True}
-    assert domains(lab.fleet.hosts["hostb"]) == {}
-    assert contents(lab.folder("hosta", uuid)) == before
-    assert leftovers(lab, "hosta") == [f"instances/{uuid}"]
-    assert leftovers(lab, "hostb") == []
-    assert (lab.instances()[name]["host"], lab.instances()[name]["move"]) == ("hosta", None)
 
 
 @pytest.mark.parametrize("root", ["overlay", "copy", "raw"])
@@ -148,10 +86,6 @@ def test_all_of_it_arrives_and_confirm_removes_what_was_left(lab: Lab, name: str
     assert domains(lab.fleet.hosts["hosta"]) == {}
     assert leftovers(lab, "hosta") == []
     assert lab.instances()[name]["move"] is None
-
-
-def unmarked(xml: str) -> list[str]:
-    return [line for line in xml.splitlines() if "virtfleet:instance" not in line]
 
 
 def test_a_guest_goes_on_with_its_data_and_new_sizes(lab: Lab, name: str) -> None:
@@ -220,10 +154,6 @@ def test_a_cut_cable_is_survived_without_sending_again_what_has_arrived(lab: Lab
     assert cable.received() - received < 1.1 * size + 2 * MIB
 
 
-def arrived(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob(".root.qcow2.*.part")) if folder.exists() else 0
-
-
 def test_a_full_destination_is_noticed_before_the_guest_is_stopped(lab: Lab, name: str) -> None:
     uuid = idle(lab, name)
     before = contents(lab.folder("hosta", uuid))
@@ -245,6 +175,7 @@ STEPS = [
     ("prepare_destination", "hostb"),
     ("shut_down_source", "hosta"),
     ("set_aside", "hosta"),
+    ("prepare_source", "hosta"),
     ("copy_disk:root.qcow2", "hostb"),
     ("fingerprint:root.qcow2", "hosta"),
     ("verify_disks", "hostb"),
@@ -253,23 +184,6 @@ STEPS = [
     ("release", "hosta"),
     ("take_over", "hostb"),
 ]
-
-
-def kill_workers(lab: Lab, host: str, operation: str) -> None:
-    for kind in ("control", "disk"):
-        worker = lab.fleet.worker(host, kind)
-        worker.kill9()
-        worker.start()
-
-
-def kill_libvirtd(lab: Lab, host: str, operation: str) -> None:
-    lab.fleet.hosts[host].libvirtd_kill9()
-    time.sleep(1)
-    lab.fleet.hosts[host].libvirtd_start()
-
-
-def cancel(lab: Lab, host: str, operation: str) -> None:
-    lab.scheduler.app.send_task("virtfleet.cancel", kwargs={"operation_id": operation}, queue="virtfleet")
 
 
 @pytest.mark.parametrize("fault", [kill_workers, kill_libvirtd, cancel])

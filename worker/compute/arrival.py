@@ -50,6 +50,9 @@ NOT_TO_BE_HAD = (
 )
 """Why an image does not come from where it was once fetched: it may have been replaced there since."""
 
+UNSOUND = (CommandFailed, ImageRejected, ChecksumMismatch)
+"""Why an image does not come from the host whose guest runs on it."""
+
 
 class Place(Frozen):
     """What the destination found out: whether it sees the source's storage, so that nothing is copied."""
@@ -189,7 +192,7 @@ def bring_base(local: LocalHost, departure: Departure, image: str, peer: Peer, c
         return Base(name=name, notes=("the base image came from where it was once fetched",))
     try:
         _bring_from(local, departure, peer, ctx, how=how)
-    except (CommandFailed, ImageRejected, ChecksumMismatch) as error:
+    except UNSOUND as error:
         told = f"host {peer.name} has no sound base image {name}: {error.message}; so the root disk comes without one"
         return Base(notes=(*notes, told))
     return Base(name=name, notes=(*notes, f"the base image came from host {peer.name}"))
@@ -198,9 +201,14 @@ def bring_base(local: LocalHost, departure: Departure, image: str, peer: Peer, c
 def _bring_from(local: LocalHost, departure: Departure, peer: Peer, ctx: Context, *, how: Copying) -> None:
     name = departure.base or ""
     unfinished = local.data.temporary(ctx.operation, name)
-    remote.fetch(peer, peer.data_dir / "images" / name, unfinished, how, ctx, total=departure.base_size)
-    image_cache(local).adopt(unfinished, name.partition(".")[0], ctx)
-    unfinished.with_name(f"{unfinished.name}.lock").unlink(missing_ok=True)
+    try:
+        remote.fetch(peer, peer.data_dir / "images" / name, unfinished, how, ctx, total=departure.base_size)
+        image_cache(local).adopt(unfinished, name.partition(".")[0], ctx)
+    except UNSOUND:
+        unfinished.unlink(missing_ok=True)
+        raise
+    finally:
+        unfinished.with_name(f"{unfinished.name}.lock").unlink(missing_ok=True)
 
 
 def copy_file(instance: LocalInstance, name: str, part: Part, peer: Peer, ctx: Context, *, how: Copying) -> Copied:

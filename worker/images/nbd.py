@@ -18,7 +18,7 @@ from worker.errors import CommandFailed, ConnectionMisconfigured, TransferInterr
 from worker.images.command import Command, run
 from worker.images.digest import BLOCK, ZERO_BLOCK, digest_of_block, digest_of_blocks
 from worker.images.files import human_size, locked, out_of_space_is_an_error
-from worker.images.nbd_client import Busy, Connection, NbdError, NoSuchExport, Piece
+from worker.images.nbd_client import Broken, Busy, Connection, NbdError, NoSuchExport, Piece
 from worker.models import Peer
 
 _AT_ONCE = 16  # reads of a block each under way on a connection
@@ -133,9 +133,7 @@ def fetch(
         try:
             with _connected(peer, nbd.export_of(source, peer.data_dir), nbd, watch, stall) as connection:
                 _copy(connection, arrived, watch, bandwidth)
-        except (OSError, NbdError) as error:
-            if isinstance(error, OSError) and error.filename is not None:  # of a file here, not of the connection
-                raise
+        except NbdError as error:
             raise TransferInterrupted(
                 f"the copy of {source} from host {peer.name} ({peer.address}) broke off after"
                 f" {human_size(arrived.done)}: {error}",
@@ -190,12 +188,14 @@ def _find(
         check()
         try:
             return Connection.open((peer.address, port), export, tls, stall=stall, watch=check)
-        except (ConnectionRefusedError, ConnectionResetError, NoSuchExport, Busy):
+        except (ConnectionRefusedError, ConnectionResetError, ssl.SSLEOFError, NoSuchExport, Busy):
             continue
         except (ssl.SSLError, NbdError) as error:
             raise ConnectionMisconfigured(
                 f"host {peer.name} ({peer.address}, port {port}) and this one do not agree on NBD: {error}", hint=HINT
             ) from error
+        except OSError as error:
+            raise Broken(f"port {port}: {error}") from error
     return None
 
 

@@ -10,7 +10,8 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -50,6 +51,10 @@ class NbdError(Exception):
     """The server refused, or said what the protocol does not know."""
 
 
+class Broken(NbdError):
+    """The connection is there no more."""
+
+
 class NoSuchExport(NbdError):
     """The server has nothing of that name."""
 
@@ -73,7 +78,7 @@ class Piece:
 
 
 class Connection:
-    """A connection to one export, of `size` bytes. Raises `NbdError`, and OSError when it breaks."""
+    """A connection to one export, of `size` bytes. Raises `NbdError`."""
 
     def __init__(self, connected: socket.socket, *, patience: float, watch: Callable[[], None]) -> None:
         self._socket = connected
@@ -91,7 +96,10 @@ class Connection:
         stall: float,
         watch: Callable[[], None],
     ) -> Connection:
-        """Connect; over TLS unless `tls` is None. `watch` is called while it waits, and may end it by raising."""
+        """Connect; over TLS unless `tls` is None. `watch` is called while it waits, and may end it by raising.
+
+        Raises OSError too: when nobody listens (ConnectionRefusedError), or TLS is refused (ssl.SSLError).
+        """
         connected = socket.create_connection(address, timeout=5.0)
         try:
             for (level, option), value in _SILENCE.items():
@@ -114,10 +122,15 @@ class Connection:
 
     def ask(self, offset: int, length: int) -> None:
         """Ask for a part; answers come in any order, and name their read by its offset."""
-        self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, _READ, offset, offset, length))
+        with _breaking():
+            self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, _READ, offset, offset, length))
 
     def answer(self) -> Piece:
         """The next piece of any answer."""
+        with _breaking():
+            return self._answer()
+
+    def _answer(self) -> Piece:
         magic, flags, kind, read, length = self._unpack(_CHUNK)
         if magic != _CHUNK_MAGIC:
             raise NbdError("the server's answer is none of the NBD protocol")
@@ -189,9 +202,17 @@ class Connection:
             except TimeoutError:
                 self._watch()
                 if time.monotonic() - heard > self._patience:
-                    raise
+                    raise TimeoutError(f"nothing has come for {self._patience:g} s") from None
                 continue
             if not more:
                 raise ConnectionResetError("the server has closed the connection")
             got, heard = got + more, time.monotonic()
         return wanted
+
+
+@contextmanager
+def _breaking() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Broken(str(error)) from error
