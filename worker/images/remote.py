@@ -177,7 +177,8 @@ def _run(
                 hint="The worker's ssh key must be allowed there, and that host's key known here "
                 "(VIRTFLEET_SSH_KEY, VIRTFLEET_SSH_KNOWN_HOSTS).",
             ) from error
-        if error.details["exit_code"] in _BROKEN:
+        # With no slot there rsync ends with 12, or with the code of the shell, whichever it learns of first.
+        if error.details["exit_code"] in _BROKEN or _NO_SLOT in said:
             arrived = human_size(size_of(command.output)) if command.output else "nothing"
             raise TransferInterrupted(
                 f"the copy of {source} from host {peer.name} ({peer.address}) broke off after {arrived}: {said}",
