@@ -16,7 +16,7 @@ from tests.lab import LabHost, lab_folder, wait_until
 from tests.lab.pki import Authority
 from worker.context import Alone
 from worker.errors import Cancelled, ConnectionMisconfigured, TransferInterrupted
-from worker.images import command, nbd
+from worker.images import nbd
 from worker.images.digest import content_digest
 from worker.images.nbd import Nbd
 from worker.models import Peer
@@ -78,16 +78,14 @@ def lent(host: LabHost, how: Nbd, *files: Path, clients: int = 2) -> Iterator[Fu
     """Lend files in the `with` block, as the host's own worker does: with its programs."""
     assert host.cable
     watch, exports = Stoppable(), {how.export_of(path, host.data): path for path in files}
-    before = command._PATH
-    command._PATH = host.env["PATH"]
-    with ThreadPoolExecutor(1) as pool:
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setenv("PATH", host.env["PATH"])
         lending = pool.submit(nbd.lend, exports, host.cable.address, how, watch, clients=clients)
         try:
             yield lending
         finally:
             watch.stop = True
             lending.exception(20)
-            command._PATH = before
 
 
 def fetch(peer: Peer, source: Path, target: Path, how: Nbd, watch: Alone | None = None, stall: float = 20) -> str:

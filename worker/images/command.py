@@ -25,8 +25,6 @@ _LOOK_EVERY = 0.25  # seconds
 _TERM_GRACE = 0.3  # seconds
 _KILL_GRACE = 10.0  # seconds: only a process stuck in the kernel outlives SIGKILL
 _LINE_END = re.compile(rb"[\r\n]")
-# mkswap lives in sbin, which is not in an ordinary user's PATH on Debian.
-_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,15 @@ def run(
     return running.stdout.decode(errors="replace")
 
 
+def _search_path() -> str:
+    # mkswap lives in sbin, which is not in an ordinary user's PATH on Debian.
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
 def _start(command: Command, pass_fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
+    path = _search_path()
     for program, package in ((command.argv[0], command.package), ("setpriv", "util-linux")):
-        if shutil.which(program, path=_PATH) is None:
+        if shutil.which(program, path=path) is None:
             raise UnsupportedByHost(
                 f"The program {program} is not installed on this host.",
                 hint=f"Install it, on Debian and Ubuntu with: apt install {package}",
@@ -101,7 +105,7 @@ def _start(command: Command, pass_fds: tuple[int, ...]) -> subprocess.Popen[byte
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "LANG": "C", "LC_ALL": "C", "PATH": _PATH},
+        env={**os.environ, "LANG": "C", "LC_ALL": "C", "PATH": path},
         process_group=0,
         pass_fds=pass_fds,
     )
