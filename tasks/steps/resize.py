@@ -40,7 +40,7 @@ def resize_disks(ctx: StepContext, request: ResizeRequest) -> DiskSet:  # noqa: 
 @step("redefine", queue="control")
 def redefine(ctx: StepContext, request: ResizeRequest) -> None:  # noqa: ARG001
     """Give the domain its new sizes."""
-    resize.redefine(local_instance(ctx), ctx.result(plan_resize), ctx)
+    resize.redefine(local_instance(ctx), ctx.result(plan_resize), ctx.result(resize_disks), ctx)
 
 
 @step("finish_resize", queue="control")

@@ -254,7 +254,7 @@ class LabHost:
             security_driver="none",
             cgroup_controllers=[],  # they are the machine's
             remember_owner=0,
-            default_tls_x509_cert_dir=str(self.pki),
+            **({"default_tls_x509_cert_dir": str(self.pki)} if self.cable else {}),
             namespaces=[],  # they cannot carry the file mounted over /dev/kvm
         )
         # libvirtd resolves its own name whenever it starts a guest: 10 s where DNS is missing.

@@ -13,8 +13,8 @@ from worker.errors import Cancelled, GuestHung, InvalidState
 from worker.models import Frozen, Owner, PowerState
 from worker.virt.guest import Guest
 
-POLL = 0.2
-"""Seconds between two looks at a guest that shuts down (a look costs 0.5 ms)."""
+POLL = 0.05
+"""Seconds between two looks at a guest that shuts down: a look costs 0.5 ms, an idle guest is down after 500."""
 
 OFF = (PowerState.OFF, PowerState.CRASHED)
 

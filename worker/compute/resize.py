@@ -132,14 +132,14 @@ def resize_disks(instance: LocalInstance, plan: Plan, ctx: Context) -> DiskSet:
         return disks.present(folder, spec)
 
 
-def redefine(instance: LocalInstance, plan: Plan, ctx: Context) -> None:
-    """Give the stopped guest the definition of its new sizes. Raises `DomainRejected`."""
+def redefine(instance: LocalInstance, plan: Plan, resized: DiskSet, ctx: Context) -> None:
+    """Give the stopped guest the definition of its new sizes and `resized` disks. Raises `DomainRejected`."""
     if not plan.changes:
         return
     with _stopped(instance, ctx) as (folder, host, guest):
         spec = plan.after.on(require_spec(instance))
         same_accel = spec.model_copy(update={"accel": guest.accel()})
-        config = domain_config(instance, host, same_accel, disks.present(folder, spec), instance.owner(ctx))
+        config = domain_config(instance, host, same_accel, resized, instance.owner(ctx))
         host.redefine(guest.xml(inactive=True), config)
         replace_json(folder.spec, {"spec": spec.model_dump(mode="json"), "operation": ctx.operation})
 
