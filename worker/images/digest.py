@@ -30,7 +30,7 @@ def content_digest(path: Path, watch: Watcher) -> str:
                 data = _next_data(file.fileno(), start, size)
             block = b"" if data >= start + BLOCK else os.pread(file.fileno(), BLOCK, start)
             blocks.append(digest_of_block(block))
-            watch.progress(start + len(block), size, f"checking {path.name.strip('.')}")
+            watch.progress(min(start + BLOCK, size), size, f"checking {path.name.strip('.')}")
     return digest_of_blocks(blocks, size)
 
 

@@ -143,24 +143,33 @@ def fetch(
 
 
 def _copy(connection: Connection, arrived: _Arrived, watch: Watcher, bandwidth: int | None) -> None:
+    """Copy what is missing; however it ends, what has arrived by then is noted."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            _copy_blocks(connection, arrived, pool, watch, bandwidth=bandwidth)
+        finally:
+            arrived.settle()
+
+
+def _copy_blocks(
+    connection: Connection, arrived: _Arrived, pool: ThreadPoolExecutor, watch: Watcher, *, bandwidth: int | None
+) -> None:
     """Keep as many reads under way as the link and the server can use, and write what comes, in any order."""
     offsets = iter(range(arrived.done, arrived.total, BLOCK))
     began, before = time.monotonic(), arrived.done
-    with ThreadPoolExecutor(1) as pool:
-        for offset in itertools.islice(offsets, _AT_ONCE):
+    for offset in itertools.islice(offsets, _AT_ONCE):
+        connection.ask(offset, arrived.length_at(offset, connection.size))
+    while arrived.done < arrived.total:
+        piece = connection.answer()
+        arrived.write(piece)
+        if not piece.done:
+            continue
+        arrived.finish(piece.read, pool)
+        for offset in itertools.islice(offsets, 1):
             connection.ask(offset, arrived.length_at(offset, connection.size))
-        while arrived.done < arrived.total:
-            piece = connection.answer()
-            arrived.write(piece)
-            if not piece.done:
-                continue
-            arrived.finish(piece.read, pool)
-            for offset in itertools.islice(offsets, 1):
-                connection.ask(offset, arrived.length_at(offset, connection.size))
-            watch.progress(arrived.done, arrived.total, "copying")
-            if bandwidth:
-                time.sleep(max(0.0, (arrived.done - before) / bandwidth - (time.monotonic() - began)))
-        arrived.settle()
+        watch.progress(arrived.done, arrived.total, "copying")
+        if bandwidth:
+            time.sleep(max(0.0, (arrived.done - before) / bandwidth - (time.monotonic() - began)))
 
 
 @contextmanager
@@ -216,8 +225,6 @@ class _Arrived:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for future in self._hashing:
-            future.cancel()
         os.close(self._file)
         os.close(self._note)
 
