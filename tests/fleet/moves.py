@@ -117,6 +117,18 @@ def kill_workers(lab: Lab, host: str, operation: str) -> None:
         worker.start()
 
 
+def kill_all_workers(lab: Lab, host: str, operation: str) -> None:
+    """SIGKILL the workers of every host, and start them again."""
+    for each in lab.fleet.hosts:
+        kill_workers(lab, each, operation)
+
+
+def kill_redis(lab: Lab, host: str, operation: str) -> None:
+    """SIGKILL Redis, and start it again."""
+    lab.fleet.redis.kill9()
+    lab.fleet.redis.start()
+
+
 def kill_libvirtd(lab: Lab, host: str, operation: str) -> None:
     """SIGKILL a host's libvirtd, and start it again."""
     lab.fleet.hosts[host].libvirtd_kill9()

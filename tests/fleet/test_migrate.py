@@ -20,7 +20,9 @@ from tests.fleet.moves import (
     ended,
     forget_all,
     idle,
+    kill_all_workers,
     kill_libvirtd,
+    kill_redis,
     kill_workers,
     leftovers,
     runs_at_home_as_before,
@@ -184,8 +186,14 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("fault", [kill_workers, kill_libvirtd, cancel])
-@pytest.mark.parametrize(("key", "host"), STEPS)
+HANDOVERS = [STEPS[number] for number in (4, 6, 8, 11, 12)]
+ROUNDS = [
+    *((key, host, fault) for key, host in STEPS for fault in (kill_workers, kill_libvirtd, cancel)),
+    *((key, host, fault) for key, host in HANDOVERS for fault in (kill_redis, kill_all_workers)),
+]
+
+
+@pytest.mark.parametrize(("key", "host", "fault"), ROUNDS)
 def test_whatever_happens_in_a_step_the_guest_runs_on_one_host_with_its_data(
     lab: Lab, name: str, key: str, host: str, fault: Callable[[Lab, str, str], None]
 ) -> None:
@@ -202,3 +210,7 @@ def test_whatever_happens_in_a_step_the_guest_runs_on_one_host_with_its_data(
     assert domains(lab.fleet.hosts["hosta"]) == {name: False}
     assert domains(lab.fleet.hosts["hostb"]) == {name: True}
     assert contents(lab.folder("hostb", uuid)) == before
+    if fault is kill_workers:  # else it is confirmed, after the test
+        lab.done("revert", instance=name, **FORCE)
+        wait_until(lambda: lab.instances()[name]["move"] is None, 60, "the other copy goes")
+        runs_at_home_as_before(lab, name, uuid, before)
