@@ -193,6 +193,7 @@ ROUNDS = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("key", "host", "fault"), ROUNDS)
 def test_whatever_happens_in_a_step_the_guest_runs_on_one_host_with_its_data(
     lab: Lab, name: str, key: str, host: str, fault: Callable[[Lab, str, str], None]

@@ -130,6 +130,7 @@ NBD_STEPS = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fault", [kill_workers, kill_libvirtd, cancel])
 @pytest.mark.parametrize(("key", "host"), NBD_STEPS)
 def test_over_nbd_whatever_happens_the_guest_runs_on_one_host_with_its_data(
