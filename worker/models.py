@@ -386,6 +386,7 @@ class DomainConfig(Frozen):
     console_log: Path
     nvram: Path | None = None
     disk_cache: Literal["none", "writeback"] = "none"
+    iothread: bool = True
 
 
 class Peer(Frozen):

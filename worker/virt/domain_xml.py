@@ -55,7 +55,8 @@ def redefined(xml: str, config: DomainConfig) -> str:
     All else stays as it was first defined: machine type, CPU, firmware with its NVRAM, MAC addresses, other software's
     metadata, and the devices' PCI addresses, after which guests name their network interfaces.
     """
-    old, new = parse(xml), _domain(config)
+    old = parse(xml)
+    new = _domain(config.model_copy(update={"iothread": old.find("iothreads") is not None}))
     for path in ("name", "memory", "vcpu", "cpu/topology", "devices/emulator"):
         _replace(old, new, path)
     for outdated in old.findall("currentMemory"):
@@ -209,7 +210,7 @@ def _domain(config: DomainConfig) -> _Element:
         E.metadata(_owner(_mark, config.owner)),
         E.memory(str(config.memory_mib), unit="MiB"),
         E.vcpu(str(config.vcpus)),
-        E.iothreads("1"),
+        *([E.iothreads("1")] if config.iothread else []),
         _os(config),
         E.features(E.acpi(), E.apic()),
         cpu_xml(config.accel, config.vcpus),
@@ -284,7 +285,9 @@ def _disk(disk: Disk, config: DomainConfig) -> _Element:
 def _driver(disk: Disk, config: DomainConfig) -> _Element:
     # QEMU allows native AIO only on files opened with O_DIRECT.
     io = "native" if config.disk_cache == "none" else "threads"
-    options = {"name": "qemu", "type": disk.format, "cache": config.disk_cache, "io": io, "iothread": "1"}
+    options = {"name": "qemu", "type": disk.format, "cache": config.disk_cache, "io": io}
+    if config.iothread:
+        options["iothread"] = "1"
     if not disk.readonly:
         options |= {"discard": "unmap", "detect_zeroes": "unmap"}
     return E.driver(options)
