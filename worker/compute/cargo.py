@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,9 +142,17 @@ def lend(local: LocalHost, paths: Collection[Path], how: Copying, is_over: Calla
     with remote.outgoing_slots(local.data.root, settings.copies_out, len(files)) as held:
         ctx.progress(0, None, f"lending {len(files)} files")
         try:
-            nbd.lend(files, settings.address or "0.0.0.0", link, watch, clients=len(held), held=held)  # noqa: S104
+            nbd.lend(files, _listens_on(settings.address), link, watch, clients=len(held), held=held)
         except _Over:
             return
+
+
+def _listens_on(address: str | None) -> str:
+    """Where files are lent. A name may lead to 127.0.1.1 on the very host that it stands for (Debian's /etc/hosts)."""
+    try:
+        return str(ipaddress.ip_address(address or ""))
+    except ValueError:
+        return "0.0.0.0"  # noqa: S104 - clients show a certificate, unless plain connections are allowed explicitly
 
 
 def require_lendable(local: LocalHost, how: Copying) -> None:
