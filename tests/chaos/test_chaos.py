@@ -60,6 +60,7 @@ THOROUGH = [
     ("snapshot cold", "SIGKILL control worker", "restore_power", 0.3),
     ("snapshot delete", "SIGKILL disk worker", "delete_snapshot", 0.3),
     ("snapshot restore", "SIGKILL pool child", "restore_disks", 0.5),
+    ("snapshot restore", "SIGKILL disk worker", "restore_seed", 0.3),
     ("snapshot restore", "cancel", "restore_instance", 0.3),
 ]
 CHOSEN = QUICK + THOROUGH

@@ -17,8 +17,9 @@ from tests.fleet.parts import Commands, Record, Scheduler, domains, libvirt_of, 
 from tests.lab import LabHost, wait_until
 from worker.compute import power
 from worker.compute.local import LocalHost, LocalInstance
-from worker.compute.power import BY_FORCE
+from worker.compute.power import BY_FORCE, Patience
 from worker.context import Alone
+from worker.errors import Cancelled
 from worker.settings import Settings
 
 READY = "virtfleet-guest ready"
@@ -185,18 +186,28 @@ def test_a_reboot_that_is_tried_again_reboots_once(host: LabHost, spawn: Spawn) 
         assert connection.lookupByName(record["instance"]).ID() != started
 
 
-def test_a_cancelled_reboot_leaves_a_guest_that_runs(
-    host: LabHost, scheduler: Scheduler, command: Commands, spawn: Spawn, real: Path
-) -> None:
+class CancelledOnceAsked(Alone):
+    """A step that is told to stop as soon as the guest was asked to shut down."""
+
+    def progress(self, done: int, total: int | None = None, note: str = "") -> None:
+        if "asked 1 times" in note:
+            raise Cancelled("asked to stop")
+
+
+def test_a_cancelled_reboot_leaves_a_guest_that_runs(host: LabHost, spawn: Spawn, real: Path) -> None:
     """It was asked to shut down, which nobody can take back: it goes off after the cancel."""
     record = spawn(image=str(real), memory_mib=128, wait_for="console", console_line=READY)
-    name, operation = record["instance"], f"cancelled-{record['instance']}"
-    sent = scheduler.send("reboot", instance=name, operation_id=operation)
-    wait_until(lambda: "await_shutdown" in command("operation", operation, "--json").stdout, 10, "it is asked")
-    assert command("cancel", operation).returncode == 3
-    assert sent.get(timeout=60)["state"] == "cancelled"
-    assert state_of(host, name) == "running"
-    wait_until(lambda: boots(host, record) == 2, 60, "it has shut down and come up again")
+    instance, fence = on_host(host, record), int(time.time() * 1e6)
+    step = CancelledOnceAsked("op-reboot", fence)
+    with pytest.raises(Cancelled):
+        power.reboot(instance, Patience(), step)
+    (first, arguments), (second, _) = reversed(step.undone_by)
+    assert (first, second) == ("await_shutdown", "power_on")
+    undo = Alone("op-reboot", fence + 1)
+    power.await_shutdown(instance, arguments["seconds"], undo)
+    assert state_of(host, record["instance"]) == "shut off"
+    assert power.power_on(instance, undo).note == "started"
+    wait_until(lambda: boots(host, record) == 2, 60, "it has come up again")
 
 
 def test_a_fence_from_a_redis_that_was_lost_is_outgrown(host: LabHost, scheduler: Scheduler, spawn: Spawn) -> None:

@@ -28,6 +28,9 @@ from worker.virt.jobs import NEEDS_BACKUP, UNLIMITED, BackupJob, BlockTarget, Jo
 POLL = 0.02
 """Seconds between two looks at a job (a look costs 0.5 ms)."""
 
+GOES_OFF = 2.0
+"""Seconds between the end of a guest's jobs and that of the guest, when it is powered off."""
+
 CRAWL = MIB
 """Bytes per second until the guest is thawed: beside a copy at full speed its agent answered after 40 to 400 ms, on two
 busy cores; beside one that crawls after 20 to 50."""
@@ -140,7 +143,12 @@ def _by_mirror(this: Taking) -> Taken:
         speeds = _speeds(this)
         for disk, job in zip(this.disks, jobs, strict=True):
             _begin_mirror(this, disk, job, speeds.get(disk.target))
-    _follow(this, lambda: _total(jobs), lambda: all(job.is_ready() for job in jobs) or _require_mirrors(this, jobs))
+    try:
+        _follow(this, lambda: _total(jobs), lambda: all(job.is_ready() for job in jobs) or _require_mirrors(this, jobs))
+    except (InvalidState, HypervisorError) as error:
+        if _went_off(this):
+            raise InvalidState(f"{this.guest.name} is {this.guest.power()}: its mirrors are gone") from error
+        raise
     power = this.guest.power()
     this.keep_definition()
     # Mirrors end one after the other: only a guest that stands still has all its disks at one instant.
@@ -174,12 +182,18 @@ def _require_mirrors(this: Taking, jobs: Sequence[MirrorJob]) -> bool:
     """Raise when a mirror has ended by itself: libvirt does not keep why. False while all go on."""
     for disk, job in zip(this.targets, jobs, strict=True):
         if job.target() is None:
-            if not this.guest.is_active():
-                raise InvalidState(f"{this.guest.name} is {this.guest.power()}: its mirrors are gone")
             free = available_space(this.folder.path)
             kind = NoSpace if free < this.instance.local.settings.reserve_bytes else HypervisorError
             raise kind(f"the mirror of {disk} of {this.guest.name} broke off; {human_size(free)} are available")
     return False
+
+
+def _went_off(this: Taking) -> bool:
+    """Whether the guest is off, or about to be: its jobs go a moment before its domain is inactive."""
+    deadline = time.monotonic() + GOES_OFF
+    while (active := this.guest.is_active()) and time.monotonic() < deadline:
+        time.sleep(POLL)
+    return not active
 
 
 # --- both -------------------------------------------------------------------------------------------------------------
