@@ -47,7 +47,7 @@ def test_libvirtd_is_killed_and_the_job_is_adopted(
 def test_a_guest_powered_off_in_the_middle_fails_the_snapshot_and_nothing_else(
     host: LabHost, spawn: Spawn, snapshot: Spawn, scheduler: Scheduler, real: Path, method: str
 ) -> None:
-    guest = spawn(image=str(real), memory_mib=256, root_disk="copy")
+    guest = spawn(image=str(real), memory_mib=256, root_disk="copy", disk_gib=1)
     answer = scheduler.send("snapshot", instance=guest["instance"], method=method, **SLOW)
     if method == "backup":
         begun(host, guest["instance"])

@@ -13,6 +13,7 @@ from worker.compute.snapshots.taking import Taking, format_of, now, taking
 from worker.context import Context
 from worker.errors import (
     CheckpointMissing,
+    FleetError,
     HypervisorError,
     InvalidState,
     JobLost,
@@ -76,6 +77,9 @@ def _by_backup(this: Taking, taken: Taken | None) -> Taken:
         job.require_success()
     except JobLost:
         abandon(this.guest, this.folder, this.ctx)
+        raise
+    except (InvalidState, HypervisorError) as error:
+        _blame_power_off(this, error)
         raise
     return taken
 
@@ -146,8 +150,7 @@ def _by_mirror(this: Taking) -> Taken:
     try:
         _follow(this, lambda: _total(jobs), lambda: all(job.is_ready() for job in jobs) or _require_mirrors(this, jobs))
     except (InvalidState, HypervisorError) as error:
-        if _went_off(this):
-            raise InvalidState(f"{this.guest.name} is {this.guest.power()}: its mirrors are gone") from error
+        _blame_power_off(this, error)
         raise
     power = this.guest.power()
     this.keep_definition()
@@ -188,12 +191,13 @@ def _require_mirrors(this: Taking, jobs: Sequence[MirrorJob]) -> bool:
     return False
 
 
-def _went_off(this: Taking) -> bool:
-    """Whether the guest is off, or about to be: its jobs go a moment before its domain is inactive."""
+def _blame_power_off(this: Taking, error: FleetError) -> None:
+    """Raise InvalidState where the guest is off: its jobs end with it, a moment before its domain is inactive."""
     deadline = time.monotonic() + GOES_OFF
-    while (active := this.guest.is_active()) and time.monotonic() < deadline:
+    while this.guest.is_active() and time.monotonic() < deadline:
         time.sleep(POLL)
-    return not active
+    if not this.guest.is_active():
+        raise InvalidState(f"{this.guest.name} is {this.guest.power()}, and its copy ended with it: {error}") from error
 
 
 # --- both -------------------------------------------------------------------------------------------------------------
