@@ -60,7 +60,9 @@ def name() -> str:
     return next(_names)
 
 
-@pytest.mark.parametrize("root", ["overlay", "copy", "raw"])
+@pytest.mark.parametrize(
+    "root", ["overlay", *(pytest.param(root, marks=pytest.mark.thorough) for root in ("copy", "raw"))]
+)
 def test_all_of_it_arrives_and_confirm_removes_what_was_left(lab: Lab, name: str, root: str) -> None:
     uuid = idle(lab, name, root_disk=root, ephemeral_gib=[1], swap_mib=16)
     with domain(lab.fleet.hosts["hosta"], name) as found:
@@ -112,6 +114,7 @@ def test_a_revert_brings_the_former_copy_back_and_the_other_one_goes(lab: Lab, n
     runs_at_home_as_before(lab, name, uuid, before)
 
 
+@pytest.mark.thorough
 def test_a_revert_leaves_a_changed_former_copy_alone(lab: Lab, name: str) -> None:
     uuid = idle(lab, name)
     lab.done("migrate", instance=name, to="hostb", **FORCE)
@@ -122,6 +125,7 @@ def test_a_revert_leaves_a_changed_former_copy_alone(lab: Lab, name: str) -> Non
     assert lab.instances()[name]["host"] == "hostb"
 
 
+@pytest.mark.thorough
 def test_while_a_move_is_undecided_neither_copy_can_be_moved_or_destroyed(lab: Lab, name: str) -> None:
     idle(lab, name)
     lab.done("migrate", instance=name, to="hostb", **FORCE)
@@ -133,6 +137,7 @@ def test_while_a_move_is_undecided_neither_copy_can_be_moved_or_destroyed(lab: L
     assert lab.instances()[name]["move"]["leftover"] == "hosta"
 
 
+@pytest.mark.thorough
 def test_a_cut_cable_is_survived_without_sending_again_what_has_arrived(lab: Lab, name: str) -> None:
     uuid = idle(lab, name)
     cable = lab.fleet.hosts["hosta"].cable

@@ -33,6 +33,8 @@ from tests.fleet.moves import (
 from tests.fleet.parts import Page, idle_image, image_info, web_server
 from tests.lab import Fleet, lab_folder, wait_until
 
+pytestmark = pytest.mark.thorough
+
 HOSTS = ("hosta", "hostb", "hostc")
 NBD = {"transport": "nbd"}
 SMALL_MIB = 700

@@ -80,6 +80,7 @@ def test_the_guest_sees_its_new_sizes_and_keeps_its_data(lab: Lab, name: str, ro
     assert not (lab.folder("hosta", uuid) / ".before-resize.json").exists()
 
 
+@pytest.mark.thorough
 def test_an_instance_that_is_off_stays_off(lab: Lab, name: str) -> None:
     uuid = lab.spawn(name, "hosta")
     lab.succeed("power", "off", name, "--timeout", "20")
@@ -110,6 +111,7 @@ def test_what_cannot_be_is_refused_while_the_guest_runs_on(lab: Lab, name: str, 
     assert definition(lab.fleet.hosts["hosta"], name) == before
 
 
+@pytest.mark.thorough
 def test_a_size_that_cannot_start_is_taken_back_and_the_guest_runs_as_before(lab: Lab, name: str) -> None:
     uuid = lab.spawn(name, "hosta", "--ephemeral", "1", "--swap", "64", "--disk", "1")
     host, folder = lab.fleet.hosts["hosta"], lab.folder("hosta", uuid)

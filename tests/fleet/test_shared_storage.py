@@ -62,6 +62,7 @@ def test_confirm_keeps_the_one_copy(lab: Lab) -> None:
     assert not list(folder.glob(".handover.*"))
 
 
+@pytest.mark.thorough
 def test_a_revert_starts_it_where_it_was(lab: Lab) -> None:
     folder = spawned(lab, "reverted")
     before = inodes(folder)
@@ -74,6 +75,7 @@ def test_a_revert_starts_it_where_it_was(lab: Lab) -> None:
     lab.done("power_off", instance="reverted", wait_if_busy=True, **FORCE)
 
 
+@pytest.mark.thorough
 def test_a_move_that_fails_at_its_end_leaves_it_running_where_it_was(lab: Lab) -> None:
     folder = spawned(lab, "failing")
     before = inodes(folder)

@@ -18,7 +18,9 @@ def variables(host: LabHost, uuid: str) -> Path:
     return host.data / "instances" / uuid / "nvram.fd"
 
 
-@pytest.mark.parametrize("method", ["backup", "mirror", "cold"])
+@pytest.mark.parametrize(
+    "method", ["backup", *(pytest.param(method, marks=pytest.mark.thorough) for method in ("mirror", "cold"))]
+)
 def test_a_restored_guest_has_a_copy_of_what_its_firmware_kept(
     host: LabHost, spawn: Spawn, snapshot: Spawn, scheduler: Scheduler, real: Path, method: str
 ) -> None:
