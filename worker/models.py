@@ -32,6 +32,9 @@ MAX_EXPLAINED = 20
 DISCREET_FIELDS = frozenset({"user_data", "network_config"})
 """What is passed to the guest often holds passwords: shown in no message and no record."""
 
+BY_SETTING = "by setting"
+"""Why a host's guests run under the accelerator they do, where nobody had to find out."""
+
 NAME_RULE = "1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _NETWORK = re.compile(r"none|(bridge|network):[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -69,7 +72,7 @@ def _checked_network(value: str) -> str:
 def _checked_user_data(value: str) -> str:
     size = len(value.encode())
     if size > MAX_USER_DATA_BYTES:
-        raise ValueError(f"allowed: at most {MAX_USER_DATA_BYTES} bytes, given: {size} bytes")
+        raise ValueError(f"allowed: at most {MAX_USER_DATA_BYTES} bytes; it has {size}")
     return value
 
 

@@ -20,7 +20,10 @@ def instances(
 ) -> None:
     """List instances: what runs where."""
     with output.errors_told(as_json=as_json):
-        found = Fleet().registry.instances(host)
+        fleet = Fleet()
+        if host:
+            fleet.registry.require_host(host)
+        found = fleet.registry.instances(host)
         if as_json:
             output.print_json({"instances": [instance.model_dump(mode="json") for instance in found]})
             return

@@ -78,6 +78,8 @@ def cancel(operation_id: OperationId, no_wait: bool = False, as_json: AsJson = F
     with output.errors_told(as_json=as_json):
         fleet = Fleet()
         record = fleet.cancel(operation_id)
+        if record.state.final:
+            output.complaints.print(f"[yellow]Too late[/]: {operation_id} has ended already.")
         if no_wait:
             if as_json:
                 output.print_json(record.as_dict())

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from tasks.destroy import DestroyRequest
 from tasks.spawn import SpawnRequest
 from worker.cli import output
 from worker.cli.options import Call, Instance, Readiness, grouped
+from worker.client import Fleet
 from worker.errors import InvalidSpec
-from worker.models import MAX_USER_DATA_BYTES
+from worker.models import BY_SETTING, MAX_USER_DATA_BYTES
 
 SETTING = "Default: the host's setting."
 
@@ -53,6 +55,8 @@ def spawn(
             "network_config": _read("network-config", network_config),
             "ssh_keys": [key for path in ssh_key or [] for key in _keys(path)],
         }
+        if not call.as_json:
+            _warn_without_kvm(host, accel)
     call.submit(
         SpawnRequest,
         name=name,
@@ -74,6 +78,13 @@ def spawn(
     )
 
 
+def _warn_without_kvm(host: str, accel: str | None) -> None:
+    found = next((one for one in Fleet().registry.hosts() if one.name == host), None)
+    if accel in {None, "auto"} and found and found.accel == "qemu" and found.accel_reason != BY_SETTING:
+        why = escape(found.accel_reason)
+        output.complaints.print(f"[yellow]Guests on host {host} run without KVM, many times slower[/]: {why}")
+
+
 def _keys(path: Path) -> list[str]:
     lines = _read("ssh-key", path).splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
@@ -85,6 +96,9 @@ def _read(option: str, path: Path | None) -> str:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_USER_DATA_BYTES + 1)  # one byte more shows that it is too long
+        if len(content) > MAX_USER_DATA_BYTES:
+            size = max(len(content), path.stat().st_size)  # a pipe has none
+            raise _unreadable(option, path, f"it has {size} bytes", allowed=f"at most {MAX_USER_DATA_BYTES} bytes")
         return content.decode()
     except OSError as error:
         raise _unreadable(option, path, error.strerror or str(error)) from None
@@ -92,8 +106,7 @@ def _read(option: str, path: Path | None) -> str:
         raise _unreadable(option, path, "it is no UTF-8 text") from None
 
 
-def _unreadable(option: str, path: Path, why: str) -> InvalidSpec:
-    allowed = "a readable file of UTF-8 text"
+def _unreadable(option: str, path: Path, why: str, *, allowed: str = "a readable file of UTF-8 text") -> InvalidSpec:
     message = f"--{option}: cannot read {path}: {why}; allowed: {allowed}"
     return InvalidSpec(message, field=option, given=str(path), allowed=allowed)
 

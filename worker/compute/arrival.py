@@ -243,7 +243,7 @@ def verify(
                 publish(folder.partial(name), verified, ctx)
             if cargo.base and name == "root.qcow2":
                 base = image_cache(instance.local).require(cargo.base.partition(".")[0])
-                qemu_img.rebase(verified, base.path, base.format)
+                qemu_img.rebase_unsafely(verified, str(base.path), base.format)
             publish(verified, folder.path / name)
         for beside in folder.path.glob(".*.part.*"):
             beside.unlink()

@@ -10,9 +10,16 @@ from uuid import UUID
 from worker.compute import accel
 from worker.compute.local import LocalHost, LocalInstance, require_ours
 from worker.context import Context
-from worker.errors import GuestNotReady, InstanceExists, InvalidSpec, UnsupportedByHost
+from worker.errors import CommandFailed, GuestNotReady, InstanceExists, InvalidSpec, UnsupportedByHost
 from worker.images import qemu_img
-from worker.images.files import publish, remove_tree, replace_json, require_space, supports_direct_io
+from worker.images.files import (
+    publish,
+    remove_tree,
+    removed_unless_renamed,
+    replace_json,
+    require_space,
+    supports_direct_io,
+)
 from worker.images.layout import InstanceDir
 from worker.images.reserve import Ledger
 from worker.images.seed import build_seed as write_seed
@@ -163,17 +170,29 @@ def _root_disk(instance: LocalInstance, base: BaseImage, size: int, kind: RootDi
     backing = base.path if kind == "overlay" else None
     if not path.exists():
         # Made under another name and grown there, so that a file with the final name is always a finished disk.
-        unfinished = instance.local.data.temporary(ctx.operation, f"{instance.uuid}-{path.name}")
-        unfinished.unlink(missing_ok=True)
-        if backing:
-            qemu_img.create_overlay(unfinished, backing, base.format, size)
-        else:
-            stall = instance.local.settings.stall_timeout
-            qemu_img.convert(base.path, base.format, unfinished, form, watch=ctx, stall=stall)
-            qemu_img.resize(unfinished, form, size)
-        unfinished.chmod(DISK_MODE)
-        publish(unfinished, path)
+        with removed_unless_renamed(
+            instance.local.data.temporary(ctx.operation, f"{instance.uuid}-{path.name}")
+        ) as new:
+            if backing:
+                qemu_img.create_overlay(new, backing, base.format, size)
+            else:
+                stall = instance.local.settings.stall_timeout
+                qemu_img.convert(base.path, base.format, new, form, watch=ctx, stall=stall)
+                _grow(new, form, size)
+            new.chmod(DISK_MODE)
+            publish(new, path)
     return Disk(role="root", target=disk_target(0), path=path, format=form, virtual_size=size, backing=backing)
+
+
+def _grow(path: Path, form: DiskFormat, size: int) -> None:
+    try:
+        qemu_img.resize(path, form, size)
+    except CommandFailed as error:
+        if "File too large" not in error.message:
+            raise
+        given, allowed = f"{size // GIB} GiB", "what the data directory's file system can hold in one file"
+        message = f"disk_gib: allowed: {allowed} (given: {given})"
+        raise InvalidSpec(message, field="disk_gib", given=given, allowed=allowed) from error
 
 
 def ephemeral_disk(folder: InstanceDir, index: int, size: int, target: str) -> Disk:
@@ -296,8 +315,14 @@ def _is_ready(guest: Guest, wanted: Readiness, log: Path) -> bool:
     if wanted.wait_for == "agent":
         return guest.agent_answers(timeout=1)
     if wanted.wait_for == "console":
-        return log.exists() and wanted.console_line in log.read_text(errors="replace")
+        return wanted.console_line in _console(log)
     return True
+
+
+def _console(log: Path) -> str:
+    """What the guest wrote; virtlogd begins a new file after 2 MiB, and keeps the former one beside it."""
+    parts = [log.with_name(f"{log.name}.0"), log]
+    return "".join(part.read_text(errors="replace") for part in parts if part.exists())
 
 
 def _last_words(log: Path) -> str:
@@ -356,6 +381,8 @@ def uuid_of(local: LocalHost, name: str) -> str | None:
 
 def remove_files(instance: LocalInstance, ctx: Context) -> bool:
     """Remove the instance's directory; False when it was gone. Raises `InstanceLocked`."""
+    for unfinished in instance.local.data.tmp.glob(f"{ctx.operation}@{instance.uuid}-*"):
+        unfinished.unlink(missing_ok=True)
     if not instance.folder.path.exists():
         return False
     with instance.owned(ctx) as folder:

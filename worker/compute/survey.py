@@ -13,7 +13,7 @@ from worker.compute.provision import spec_of
 from worker.errors import InstanceNotFound
 from worker.images.snapshots import entry_of
 from worker.images.snapshots import every as published_on
-from worker.models import Instance, PowerState, SnapshotEntry
+from worker.models import BY_SETTING, Instance, PowerState, SnapshotEntry
 from worker.virt.guest import Guest
 from worker.virt.host import Host
 
@@ -31,7 +31,7 @@ def versions(host: Host) -> dict[str, Any]:
 def acceleration(local: LocalHost, host: Host) -> dict[str, Any]:
     """Which accelerator guests get by default, and why."""
     if local.settings.accel != "auto":
-        return {"accel": local.settings.accel, "accel_reason": "by setting"}
+        return {"accel": local.settings.accel, "accel_reason": BY_SETTING}
     verdict = accel.probe(local, host)
     return {"accel": "kvm" if verdict.works else "qemu", "accel_reason": verdict.reason}
 

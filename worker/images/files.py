@@ -82,6 +82,16 @@ def temporary_beside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def removed_unless_renamed(path: Path) -> Iterator[Path]:
+    """A file that is made under this name and gets its final one in the block; whatever happens, none is left here."""
+    path.unlink(missing_ok=True)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def require_space(path: Path, needed: int, reserve: int = 0) -> None:
     """Raise NoSpace unless `needed` bytes fit into the filesystem of `path` and `reserve` bytes stay free."""
     available = available_space(path)

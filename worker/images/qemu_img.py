@@ -84,11 +84,6 @@ def shrink(path: Path, fmt: DiskFormat, size: int) -> None:
     _run("resize", "-q", "--shrink", "-f", fmt, _safe(path), str(size), output=path)
 
 
-def rebase(path: Path, backing: Path, backing_format: DiskFormat) -> None:
-    """Tell an overlay where its base lies, which must have the content of the old one. Raises CommandFailed."""
-    _run("rebase", "-q", "-u", "-f", "qcow2", "-F", backing_format, "-b", _safe(backing), _safe(path), output=path)
-
-
 def convert(
     source: Path,
     source_format: DiskFormat,

@@ -121,7 +121,12 @@ class LocalFile(Source):
             raise self._forbidden(opened)
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise ImageRejected(f"{self.name} is refused: found no regular file; allowed: an image file.")
+            raise ImageRejected(
+                f"image: {self.name} is refused: found no regular file; allowed: an image file",
+                field="image",
+                given=self.name,
+                allowed="an image file",
+            )
         if found.st_size > max_bytes:
             raise transfer.too_large(self.name, found.st_size, max_bytes)
 

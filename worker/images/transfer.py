@@ -290,8 +290,11 @@ class _Download:
         if response.status_code >= 500 or response.status_code in _TRY_LATER:
             raise _Broken(f"the server answers {status}")
         raise ImageNotFound(
-            f"{self.url}: the server answers {status}.",
+            f"image: {self.url}: the server answers {status}; allowed: the address of an image",
             hint="Check the address, and whether it needs a login.",
+            field="image",
+            given=self.url,
+            allowed="the address of an image",
             url=self.url,
             status=response.status_code,
         )
@@ -304,7 +307,7 @@ class _Download:
         of = f" of {human_size(self.total)}" if self.total is not None else ""
         return TransferInterrupted(
             f"The download of {self.url} broke off after {human_size(self.partial.size)}{of}: {reason}",
-            hint="What has arrived is kept and continued.",
+            hint="What has arrived is kept and continued." if self.partial.size else "",
             url=self.url,
             done=self.partial.size,
             total=self.total,
@@ -314,10 +317,11 @@ class _Download:
 def too_large(source: str, size: int, limit: int) -> ImageRejected:
     """The error for an image of more bytes than the fleet takes."""
     return ImageRejected(
-        f"{source} is refused: found at least {human_size(size)}; allowed: at most {human_size(limit)}.",
+        f"image: {source} is refused: found at least {human_size(size)}; allowed: at most {human_size(limit)}.",
         hint="The limit is the setting VIRTFLEET_IMAGE_MAX_BYTES.",
         source=source,
-        found=size,
+        field="image",
+        given=size,
         allowed=limit,
     )
 

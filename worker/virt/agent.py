@@ -15,7 +15,6 @@ from worker.virt.guest import Guest
 ANSWER_WITHIN = 10
 """Seconds the agent has to freeze or thaw. A busy guest flushes its caches first; libvirt alone would wait for ever."""
 
-_FREEZE_STATUS = '{"execute":"guest-fsfreeze-status"}'
 _OS_INFO = '{"execute":"guest-get-osinfo"}'
 
 
@@ -47,11 +46,6 @@ def relax(guest: Guest) -> None:
     """
     with suppress(FleetError):  # not worth an error
         _bound(guest, libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK)
-
-
-def is_frozen(guest: Guest) -> bool:
-    """Whether file systems of the guest are frozen. Raises AgentUnresponsive, InvalidState."""
-    return bool(_ask(guest, _FREEZE_STATUS) == "frozen")
 
 
 def freezes_applications(guest: Guest) -> bool:

@@ -88,11 +88,6 @@ class Host:
         with self._trying_to("read QEMU's version"):
             return _version(self._connection.getVersion())
 
-    def alive_call(self) -> None:
-        """One round trip (0.3 ms on a local socket). Raises HostUnreachable when libvirtd does not answer."""
-        with self._trying_to("reach libvirt"):
-            self._connection.getLibVersion()
-
     def require_definable(self, xml: str) -> DomainCapabilities:
         """What guests like the one defined by `xml` can have here, of its accelerator and machine type.
 
@@ -160,23 +155,26 @@ class Host:
     def _check_libvirt_network(self, name: str) -> None:
         with self._trying_to("list the networks"):
             active = {str(net.name()): bool(net.isActive()) for net in self._connection.listAllNetworks()}
+        usable = [one for one, is_active in active.items() if is_active]
         if name not in active:
-            raise self._network_not_found(f"network {name!r}", "networks", active)
+            raise self._network_not_found(f"network {name!r}", "active networks", usable)
         if not active[name]:
-            raise NetworkNotFound(
-                f"network {name!r} on host {self.name} is not active",
-                hint=f"Start it: virsh net-start {name}",
-            )
+            hint = f"Start it: virsh net-start {name}"
+            raise self._network_not_found(f"active network {name!r}", "active networks", usable, hint=hint)
 
     def _check_bridge(self, name: str) -> None:
-        interfaces = self._interfaces()
-        if name not in interfaces:
-            raise self._network_not_found(f"bridge {name!r}", "interfaces", interfaces)
+        if self._is_local():
+            kind, known = "bridges", {one.name for one in LOCAL_INTERFACES.iterdir() if (one / "bridge").is_dir()}
+        else:  # from afar libvirt does not tell which of them are bridges
+            kind, known = "interfaces", self._interfaces()
+        if name not in known:
+            raise self._network_not_found(f"bridge {name!r}", kind, known)
 
-    def _network_not_found(self, what: str, kind: str, known: Iterable[str]) -> NetworkNotFound:
+    def _network_not_found(self, what: str, kind: str, known: Iterable[str], *, hint: str = "") -> NetworkNotFound:
         there_is = ", ".join(sorted(known)) or "none"
         return NetworkNotFound(
             f"networks: host {self.name} has no {what}; its {kind}: {there_is}",
+            hint=hint,
             host=self.name,
             field="networks",
             given=what,
@@ -184,11 +182,10 @@ class Host:
         )
 
     def _interfaces(self) -> set[str]:
-        """The host's network interfaces, by all who know some.
+        """The network interfaces of a host that is not this one, by all who know some.
 
-        No source knows all of them everywhere: libvirt's interface driver, built with netcf, lists only
-        configured ones; its device list misses later ones where no udevd runs; and /sys speaks only for a
-        libvirtd on this machine.
+        Neither source knows all of them everywhere: libvirt's interface driver, built with netcf, lists only
+        configured ones; its device list misses later ones where no udevd runs.
         """
         found: set[str] = set()
         with suppress(UnsupportedByHost), self._trying_to("list the interfaces"):
@@ -196,13 +193,11 @@ class Host:
         with suppress(UnsupportedByHost), self._trying_to("list the network devices"):
             devices = self._connection.listAllDevices(libvirt.VIR_CONNECT_LIST_NODE_DEVICES_CAP_NET)
             found |= {parse(device.XMLDesc()).findtext("capability/interface", "") for device in devices}
-        if self._is_local():
-            found |= {entry.name for entry in LOCAL_INTERFACES.iterdir()}
         return found - {"", "lo"}
 
     def _is_local(self) -> bool:
         uri = urlsplit(self._uri)
-        return not uri.netloc and "+" not in uri.scheme
+        return uri.scheme in {"qemu", "qemu+unix"} and not uri.netloc
 
     # --- guests -------------------------------------------------------------------------------------------
 
