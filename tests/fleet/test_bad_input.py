@@ -41,7 +41,7 @@ CASES = [
         "unknown network",
         {"networks": ["network:nosuch"]},
         ["--network=network:nosuch"],
-        ["nosuch", "its active networks"],
+        ["nosuch", "active networks"],
     ),
     ("missing bridge", {"networks": ["bridge:nosuch0"]}, ["--network=bridge:nosuch0"], ["nosuch0", "its bridges"]),
     ("network that is none", {"networks": ["wlan"]}, ["--network=wlan"], ["networks", "'wlan'", "bridge:NAME"]),

@@ -78,7 +78,7 @@ def cancel(operation_id: OperationId, no_wait: bool = False, as_json: AsJson = F
     with output.errors_told(as_json=as_json):
         fleet = Fleet()
         record = fleet.cancel(operation_id)
-        if record.state.final:
+        if record.state.final and not as_json:
             output.complaints.print(f"[yellow]Too late[/]: {operation_id} has ended already.")
         if no_wait:
             if as_json:
