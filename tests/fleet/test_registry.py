@@ -27,7 +27,8 @@ def test_instances_are_listed_with_where_and_what_they_are(
     assert (entry["vcpus"], entry["memory_mib"]) == (2, 96)
     scheduler.call("pause", instance=name)
     assert listed(command, "--host=hosta")[name]["power"] == "paused"
-    assert listed(command, "--host=elsewhere") == {}
+    unknown = command("instances", "--host=elsewhere")
+    assert (unknown.returncode, "elsewhere" in unknown.stderr) == (2, True)
     shown = command("instances").stdout
     assert all(word in shown for word in (name, record["uuid"], "hosta", "paused", "96 MiB"))
 
