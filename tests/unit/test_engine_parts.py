@@ -67,7 +67,7 @@ def test_what_is_left_of_a_canvas_keeps_its_order(
 ) -> None:
     every = [key for stage in stages for key in stage]
     wanted = data.draw(st.sets(st.sampled_from(every)))
-    left = remaining(canvas(), wanted)
+    left = remaining(stages_of(canvas()), wanted, "op", "vm")
     expected = [kept for stage in stages if (kept := [key for key in stage if key in wanted])]
     assert (keys_of(left) if left is not None else []) == expected
 

@@ -255,7 +255,11 @@ def verify(
 
 
 def remove_arrival(instance: LocalInstance, ctx: Context) -> None:
-    """Remove what has arrived, after the last program that still writes to it has ended. Raises `InstanceLocked`."""
+    """Remove what has arrived, after the last program that still writes to it has ended. Raises `InstanceLocked`.
+
+    Its domain first, if there is one: where Redis lost its memory, the entry that removes it may be lost, too.
+    """
+    remove_arrived_domain(instance, ctx)
     for lock in instance.folder.path.glob(".*.part.lock"):
         with locked(lock, wait=20.0, watch=ctx):
             lock.unlink()

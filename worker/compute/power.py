@@ -16,6 +16,9 @@ from worker.virt.guest import Guest
 POLL = 0.05
 """Seconds between two looks at a guest that shuts down: a look costs 0.5 ms, an idle guest is down after 500."""
 
+LINGERS = 10.0
+"""Seconds after which a guest that was asked to shut down, and by then has not, is taken not to."""
+
 OFF = (PowerState.OFF, PowerState.CRASHED)
 
 
@@ -49,7 +52,7 @@ def power_on(instance: LocalInstance, ctx: Context) -> PowerChange:
             return PowerChange(before=before, after=before, note="already on, but paused: resume it to let it run")
         if before is PowerState.CRASHED:
             guest.destroy()
-        guest.start()
+        _start(instance, guest, ctx)
         note = "resumed with its saved memory" if before is PowerState.SAVED else "started"
         return PowerChange(before=before, after=guest.power(), note=note)
 
@@ -88,6 +91,8 @@ def restore(instance: LocalInstance, before: PowerState, ctx: Context) -> PowerC
             guest.start(paused=before is PowerState.PAUSED)
             if before is PowerState.RUNNING:
                 guest.resume()
+            elif guest.power() is PowerState.RUNNING:
+                guest.pause()  # it was let run to hear the request to shut down
         return PowerChange(before=now, after=guest.power(), note=f"it was {before} before the operation")
 
 
@@ -108,7 +113,7 @@ def reboot(instance: LocalInstance, patience: Patience, ctx: Context) -> PowerCh
         if before is not PowerState.OFF:
             note = _take_down(guest, before, patience, ctx, partial(_await_undone, instance, patience, ctx))
         guest.claim(instance.owner(ctx, started=True))
-        guest.start()
+        _start(instance, guest, ctx)
         return PowerChange(before=before, after=guest.power(), note=f"{note}, then started")
 
 
@@ -120,6 +125,7 @@ def pause(instance: LocalInstance, ctx: Context) -> PowerChange:
             return PowerChange(before=before, after=before, note="already paused")
         if before is not PowerState.RUNNING:
             raise _not_on(instance, before, "pause")
+        _undo_as(instance, before, ctx)
         guest.pause()
         return PowerChange(before=before, after=guest.power(), note="paused")
 
@@ -132,8 +138,21 @@ def resume(instance: LocalInstance, ctx: Context) -> PowerChange:
             return PowerChange(before=before, after=before, note="already running")
         if before is not PowerState.PAUSED:
             raise _not_on(instance, before, "resume")
+        _undo_as(instance, before, ctx)
         guest.resume()
         return PowerChange(before=before, after=guest.power(), note="resumed")
+
+
+def _start(instance: LocalInstance, guest: Guest, ctx: Context) -> None:
+    ctx.check()
+    # It may write to disks that a resize has grown: from now on they cannot be shrunk again.
+    instance.folder.before_resize.unlink(missing_ok=True)
+    guest.start()
+
+
+def _undo_as(instance: LocalInstance, before: PowerState, ctx: Context) -> None:
+    """What QEMU was asked to do it may do late, after this step was given up."""
+    ctx.undo("power_as_before", name=instance.name, uuid=instance.uuid, before=before.value)
 
 
 def _not_on(instance: LocalInstance, before: PowerState, verb: str) -> InvalidState:
@@ -154,7 +173,8 @@ def await_shutdown(instance: LocalInstance, seconds: float, ctx: Context) -> Non
 
 
 def _await_undone(instance: LocalInstance, patience: Patience, ctx: Context) -> None:
-    ctx.undo("await_shutdown", name=instance.name, uuid=instance.uuid, seconds=patience.timeout)
+    seconds = min(patience.timeout, LINGERS)
+    ctx.undo("await_shutdown", name=instance.name, uuid=instance.uuid, seconds=seconds)
 
 
 def _nothing() -> None:
@@ -164,7 +184,7 @@ def _nothing() -> None:
 def _take_down(guest: Guest, before: PowerState, patience: Patience, ctx: Context, asking: Callable[[], None]) -> str:
     """Shut down in time or by force; how it went. `asking` is called before the guest is asked."""
     if before is PowerState.CRASHED or patience.timeout == 0:
-        guest.destroy()
+        _force(guest, ctx)
         return "powered off by force"
     if before is PowerState.PAUSED:
         guest.resume()  # a paused guest cannot save its data: let it hear the request
@@ -197,8 +217,14 @@ def _ask_down(guest: Guest, patience: Patience, ctx: Context, asking: Callable[[
             try:
                 guest.shutdown()  # a guest that is still booting ignores the first request
             except GuestHung:
-                guest.destroy()
+                _force(guest, ctx)
                 return "QEMU did not answer: powered off by force"
         time.sleep(POLL)
-    guest.destroy()
+    _force(guest, ctx)
     return f"did not shut down within {patience.timeout:.0f} s (asked {asked} times): powered off by force"
+
+
+def _force(guest: Guest, ctx: Context) -> None:
+    """Take the power away, unless the step was told to stop, or overtaken, while it waited."""
+    ctx.check()
+    guest.destroy()

@@ -170,7 +170,7 @@ def revert(instance: LocalInstance, ctx: Context) -> None:
     """Give the guest its old sizes and definition back, unless it has run with the new ones."""
     with instance.owned(ctx) as folder, instance.local.libvirt() as host:
         before = _remembered(folder)
-        if before is None:
+        if before is None or before.operation != ctx.operation:
             log.info("nothing to take back: the guest has its old sizes, or runs with the new ones", uuid=instance.uuid)
             return
         guest = host.guest(instance.uuid)
@@ -178,7 +178,10 @@ def revert(instance: LocalInstance, ctx: Context) -> None:
         if guest.power() is PowerState.PAUSED:
             guest.destroy()  # started by `finish`, and never run
         if guest.is_active():
-            raise InvalidState(f"{instance.name} was started by somebody else while it was resized: its disks stay")
+            # Somebody started it: what it has written to its new disks must not be cut off.
+            log.warning("the guest runs with its new disks: they stay", uuid=instance.uuid)
+            folder.before_resize.unlink()
+            return
         _restore_disks(folder, before, ctx)
         replace_json(folder.spec, {"spec": before.spec.model_dump(mode="json"), "operation": ctx.operation})
         host.restore(before.xml, instance.owner(ctx))

@@ -13,7 +13,6 @@ from worker.engine.canvas import Canvas, remaining, step_signature
 from worker.engine.connection import translated
 from worker.engine.decide import Clock, Decision, End, Look, Publish, TurnBack, Undo, decide
 from worker.engine.journal import Journal, journal
-from worker.engine.kinds import kind_of
 from worker.engine.mirror import Mirror
 from worker.engine.record import Record, State, StepRecord, StepState
 from worker.engine.silence import silence
@@ -80,13 +79,13 @@ def _clock(book: Journal) -> Clock:
 
 
 def _publish(book: Journal, record: Record, heads: tuple[str, ...]) -> None:
-    operation = kind_of(record.kind).of(record)
+    app.loader.import_default_modules()  # a client that only cancels has imported no step
     left = [key for key, step in record.steps.items() if step.state is not StepState.DONE]
     stage = next(stage for stage in record.stages if any(plan.key in heads for plan in stage))
     beside = {plan.key for plan in stage} & set(left) - set(heads)
     # With a step of the same stage still in somebody's hands, what follows is published by whoever ends last.
     wanted = heads if beside else left
-    canvas = remaining(kind_of(record.kind).build(operation), wanted)
+    canvas = remaining(record.stages, wanted, record.id, record.instance)
     _send(book, record, canvas, [record.steps[key] for key in heads])
 
 

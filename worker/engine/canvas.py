@@ -1,7 +1,7 @@
 """Canvases: the steps of an operation put together with Celery's `chain` and `group`.
 
-A canvas is read two ways: as stages, for the journal and for deciding what is next; and as Celery's own objects
-without the steps that are done, to be published.
+A canvas is read as stages, for the journal and for deciding what is next. What is left of an operation is built from
+these stages again, and not by the code of today: an upgrade must not change what is under way.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from celery import chain, chord, group
 from celery.canvas import Signature, _chain
 
-from worker.app import host_queue
+from worker.app import app, host_queue
 from worker.engine.record import Stages, StepPlan
 
 Canvas = Any
@@ -30,10 +30,13 @@ def stages_of(canvas: Canvas) -> Stages:
     return tuple(tuple(_plan(one) for one in stage) for stage in _stages(canvas))
 
 
-def remaining(canvas: Canvas, keys: Collection[str]) -> Canvas | None:
-    """What is left of a canvas: the steps with these keys, in their order. None when nothing is left."""
-    stages = [[one for one in stage if one.kwargs["step"] in keys] for stage in _stages(canvas)]
-    parts = [stage[0] if len(stage) == 1 else group(*stage) for stage in stages if stage]
+def remaining(stages: Stages, keys: Collection[str], operation_id: str, instance: str) -> Canvas | None:
+    """What is left of an operation: its steps with these keys, in their order. None when nothing is left."""
+    left = [
+        [step_signature(app.tasks[plan.name], plan, operation_id, instance) for plan in stage if plan.key in keys]
+        for stage in stages
+    ]
+    parts = [stage[0] if len(stage) == 1 else group(*stage) for stage in left if stage]
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else chain(*parts)

@@ -87,13 +87,13 @@ def translated() -> Iterator[None]:
     """Turn what redis-py and kombu raise while Redis cannot serve into `BrokerUnavailable`."""
     try:
         yield
-        silence.answered()
     except UNAVAILABLE as error:
         silence.failed()
         raise BrokerUnavailable(f"Redis at {_shown_url()} does not answer: {error}") from error
     except redis.exceptions.ResponseError as error:
         if not str(error).startswith(REFUSALS):
             raise
+        silence.failed()
         raise BrokerUnavailable(f"Redis at {_shown_url()} cannot serve us: {error}") from error
 
 

@@ -17,6 +17,10 @@ from worker.errors import BrokerUnavailable, FleetError
 log = structlog.get_logger(__name__)
 
 
+PUT_OFF = 60.0
+"""Seconds until a request that cannot be read is tried again."""
+
+
 def defer(operation_id: str, kind: str, request: dict[str, Any], seconds: float) -> None:
     """Have a request of that kind submitted in `seconds` from now, under this id; the same id again changes nothing."""
     redis = shared()
@@ -39,8 +43,16 @@ def submit_due(redis: Redis, limit: int) -> None:
     with translated():
         due = cast("list[str]", redis.zrangebyscore(keys.DEFERRED, "-inf", now, start=0, num=limit))
     for operation_id in due:
-        _submit(redis, operation_id)
-        _forget(redis, operation_id)
+        try:
+            _submit(redis, operation_id)
+        except BrokerUnavailable:
+            raise
+        except Exception:  # of another version, perhaps: one that cannot be read must not hold up everything else
+            log.exception("cannot submit a deferred request; it is tried again", operation=operation_id)
+            with translated():
+                redis.zadd(keys.DEFERRED, {operation_id: now + PUT_OFF}, xx=True)
+        else:
+            _forget(redis, operation_id)
 
 
 def _submit(redis: Redis, operation_id: str) -> None:

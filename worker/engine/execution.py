@@ -29,6 +29,8 @@ from worker.errors import (
     FleetError,
     HandedOver,
     InternalError,
+    InvalidState,
+    NotOurs,
     WorkerLost,
 )
 
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from worker.engine.step import Step
 
 log = structlog.get_logger(__name__)
+
+STUBBORN = 6
+"""Attempts of an undo whose error is not worth trying again elsewhere: about a minute."""
 
 MOST_LOST = 5
 """Attempts beyond a step's own that may end in silence, the worker having died, before the step fails."""
@@ -90,14 +95,20 @@ def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
     except HandedOver as error:
         return Ending("retry", error=error)
     except FleetError as error:
-        worth_it = error.retryable or isinstance(error, BrokerUnavailable)  # the work is sound, only Redis was away
-        may_retry = worth_it and ctx.lease.attempt < made.retries.attempts
-        return Ending("retry" if may_retry else "failed", error=error)
+        return Ending("retry" if ctx.lease.attempt < _attempts(made, ctx, error) else "failed", error=error)
     except Exception as error:
         log.exception("unforeseen error")
         # What cannot be removed now (disk full, an I/O error) may be later, and an undo is repeatable by nature.
         outcome: Outcome = "retry" if ctx.is_undo and isinstance(error, OSError) else "failed"
         return Ending(outcome, error=InternalError(f"{type(error).__name__}: {error}"))
+
+
+def _attempts(made: Step[Any], ctx: StepContext, error: FleetError) -> int:
+    """How often a step that failed so may be tried in all."""
+    if error.retryable or isinstance(error, BrokerUnavailable):  # the work is sound, only Redis was away
+        return made.retries.attempts
+    # A full disk may have room again in a minute, and an undo that is given up leaves a guest half way.
+    return STUBBORN if ctx.is_undo and not isinstance(error, InvalidState | NotOurs) else 1
 
 
 def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeeper, ending: Ending) -> bool:

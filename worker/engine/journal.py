@@ -17,6 +17,7 @@ import structlog
 from worker.engine import keys
 from worker.engine.connection import Redis, shared, text, translated
 from worker.engine.record import SCHEMA, Record, Stages, State, StepRecord, UndoEntry, parse
+from worker.engine.silence import silence
 from worker.errors import OperationNotFound, RecordUnreadable
 from worker.settings import get_settings
 
@@ -72,7 +73,9 @@ class Journal:
         if script not in self._scripts:
             self._scripts[script] = self.redis.register_script(_source(script))
         with translated():
-            return self._scripts[script](keys=list(script_keys), args=[text(arg) for arg in args])
+            answer = self._scripts[script](keys=list(script_keys), args=[text(arg) for arg in args])
+        silence.answered()
+        return answer
 
     def now(self) -> float:
         """Seconds since the epoch by Redis' clock."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 
 import structlog
@@ -16,6 +17,9 @@ from worker.errors import BrokerUnavailable, Cancelled, FencedOff, FleetError, H
 from worker.settings import get_settings
 
 log = structlog.get_logger(__name__)
+
+LOOK_AGAIN = 2.0
+"""Seconds between two looks at what others have put down meanwhile."""
 
 LISTEN = 0.5
 """Seconds between two renewals: so long a cancel takes to be heard at the most."""
@@ -75,7 +79,15 @@ class LeaseKeeper:
         fields, undo = self._dump
         if entry not in undo:
             self._dump = fields, [*undo, entry]
-            self._copy()
+        self._look_again()
+        self._copy()
+
+    def _look_again(self) -> None:
+        """Learn what siblings have put down since; where Redis has lost it all, what is known here stands."""
+        with suppress(BrokerUnavailable):
+            fields, undo = self.journal.dump(self.lease.operation)
+            if fields and set(undo) >= set(self._dump[1]):
+                self._dump = fields, undo
 
     def refresh(self) -> None:
         """Bring the host's copy up to date with how the step ended."""
@@ -101,10 +113,15 @@ class LeaseKeeper:
 
     def _keep(self) -> None:
         # A step that was told to stop keeps its lease until it has: nothing may be undone beneath it before.
+        looked_at = time.monotonic()
         while not self._ended.wait(LISTEN) and not isinstance(self._stop, FencedOff):
             try:
                 self._renew()
                 self.silent = False
+                if time.monotonic() - looked_at > LOOK_AGAIN:
+                    looked_at = time.monotonic()
+                    self._look_again()
+                    self._copy()
             except BrokerUnavailable as error:
                 if not self.silent:
                     log.warning("cannot renew the lease; the step goes on", step=self.lease.step, error=str(error))

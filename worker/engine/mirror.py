@@ -64,8 +64,8 @@ class Mirror:
         unfinished = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            unfinished.touch(mode=0o600)  # requests may hold secrets
             unfinished.write_text(content)
-            unfinished.chmod(0o600)  # requests may hold secrets
             unfinished.rename(path)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
@@ -90,8 +90,16 @@ class Mirror:
                 content: dict[str, Any] = json.loads(path.read_text())
                 age = time.time() - path.stat().st_mtime
                 yield Copy(path.stem, content["fields"], content["undo"], age)
+            except FileNotFoundError:
+                continue  # it has ended meanwhile
             except (OSError, ValueError, KeyError) as error:
-                log.warning("cannot read a copy of a record", path=str(path), error=str(error))
+                log.error("cannot read a copy of a record: set aside", path=str(path), error=str(error))  # noqa: TRY400
+                self.set_aside(path.stem)
+
+    def set_aside(self, operation_id: str) -> None:
+        """Keep a copy that nothing can be done with for people to look at."""
+        with contextlib.suppress(OSError):
+            self._path(operation_id).rename(self.folder / f"{operation_id}.set-aside")
 
     def _path(self, operation_id: str) -> Path:
         return self.folder / f"{operation_id}.json"
@@ -160,6 +168,7 @@ class MirrorWatch(threading.Thread):
             self._mirror.drop(copy.operation)
         elif copy.age > get_settings().keep_records:
             # It may have ended since, elsewhere, so long ago that its record has expired.
-            log.warning("too old to be taken up again", operation=copy.operation, days=round(copy.age / 86400))
+            log.error("too old to be taken up again: set aside", operation=copy.operation, days=copy.age // 86400)
+            self._mirror.set_aside(copy.operation)
         elif self._book.revive(copy.operation, copy.fence, copy.fields, copy.undo):
             log.warning("Redis had lost this operation: restored from the host's copy", operation=copy.operation)

@@ -19,6 +19,7 @@ from worker.engine.connection import Redis, shared, translated
 from worker.engine.decide import End, Publish, TurnBack, Undo
 from worker.engine.deferred import submit_due
 from worker.engine.journal import Journal
+from worker.engine.silence import silence
 from worker.errors import BrokerUnavailable
 from worker.settings import get_settings
 
@@ -106,4 +107,6 @@ class Reaper(threading.Thread):
     def _leads(self) -> bool:
         ttl = int(get_settings().lease_ttl * LEADER_SHARE * 1000)
         with translated():
-            return bool(cast("int", self._lead(keys=[keys.REAPER], args=[self.worker, ttl])))
+            leads = bool(cast("int", self._lead(keys=[keys.REAPER], args=[self.worker, ttl])))
+        silence.answered()
+        return leads

@@ -1,4 +1,5 @@
-"""Whether Redis was silent without having restarted: frozen, or cut off. Leases ran out then that somebody held."""
+"""Whether Redis took no writes without having restarted: frozen, full, or cut off. Leases ran out then that somebody
+held. That it answers reads says nothing."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ class Silence:
         self._over = -math.inf
 
     def failed(self) -> None:
-        """A call was not answered."""
+        """A call was not answered, or refused."""
         if self._since is None:
             self._since = time.monotonic()
 
     def answered(self) -> None:
-        """A call was answered."""
+        """A write was taken."""
         if self._since is None:
             return
         if time.monotonic() - self._since > get_settings().lease_ttl * SILENT:

@@ -91,7 +91,8 @@ def run_worker(kind: WorkerKind, hosts: Sequence[str], *, introduce: Callable[[s
 
         beside = [Heartbeat(hosts, kind, settled), Reaper(f"{name}:{os.getpid()}"), watch]
     else:
-        beside = [Heartbeat(hosts, kind, introduce)]
+        # A control worker may serve a host from afar: the copies lie where the disk worker is.
+        beside = [Heartbeat(hosts, kind, introduce), MirrorWatch()]
 
     def ready(**_: Any) -> None:
         for companion in beside:
@@ -113,10 +114,8 @@ def run_worker(kind: WorkerKind, hosts: Sequence[str], *, introduce: Callable[[s
 
 
 def _stay(name: str) -> None:
-    try:
-        journal().leave_from(name, None)
-    except BrokerUnavailable as error:
-        log.warning("starting without Redis", error=str(error))
+    """Steps may stay again, which a predecessor of that name was told to hand over; Redis may come up later than we."""
+    threading.Thread(target=patiently, args=[journal().leave_from, name, None], name="stay", daemon=True).start()
 
 
 def _step_back(name: str, beside: Sequence[Heartbeat | Reaper | MirrorWatch]) -> None:

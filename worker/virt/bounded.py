@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import libvirt
 
+from worker.context import check_watcher
 from worker.errors import GuestHung
 
 ANSWER_SECONDS = 15.0
 """How long QEMU may take to answer; a healthy one does within milliseconds, a busy one within a second or two."""
+
+HEED_SECONDS = 0.5
+"""How often one who waits looks whether the answer is still wanted."""
+
+Answer = tuple[Any, Exception | None]
 
 ANSWERED_BY_QEMU = frozenset(
     {
@@ -42,7 +49,7 @@ class _Bounded:
 
     def _ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """Make the call in a thread that may be left behind: it ends with QEMU, or with its connection."""
-        outcome: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+        outcome: queue.SimpleQueue[Answer] = queue.SimpleQueue()
 
         def run() -> None:
             try:
@@ -51,15 +58,21 @@ class _Bounded:
                 outcome.put((None, error))
 
         threading.Thread(target=run, name=f"ask {self._domain.name()}", daemon=True).start()
-        try:
-            answer, error = outcome.get(timeout=ANSWER_SECONDS)
-        except queue.Empty:
-            raise GuestHung(
-                f"QEMU of {self._domain.name()} on host {self._host} did not answer within {ANSWER_SECONDS:.0f} s"
-            ) from None
+        answer, error = self._await(outcome)
         if error is not None:
             raise error
         return answer
+
+    def _await(self, outcome: queue.SimpleQueue[Answer]) -> Answer:
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                return outcome.get(timeout=HEED_SECONDS)
+            except queue.Empty:
+                check_watcher()
+        raise GuestHung(
+            f"QEMU of {self._domain.name()} on host {self._host} did not answer within {ANSWER_SECONDS:.0f} s"
+        )
 
 
 def bounded(domain: libvirt.virDomain, host: str) -> libvirt.virDomain:
