@@ -108,6 +108,9 @@ class LeaseKeeper:
     def restore(self) -> None:
         """Give Redis back the record that it has lost, and go on."""
         fields, undo = self._dump
+        copy = self._mirror.find(self.lease.operation)
+        if copy and set(copy.undo) >= set(undo):  # a sibling on this host has kept it later
+            fields, undo = copy.fields, copy.undo
         if self.journal.restore(self.lease, {**fields, **self._own()}, undo):
             log.warning("Redis had lost this operation: restored from memory", operation=self.lease.operation)
 

@@ -84,17 +84,24 @@ class Mirror:
             self._path(operation_id).unlink(missing_ok=True)
 
     def copies(self) -> Iterator[Copy]:
-        """All copies; one that cannot be read is passed over."""
+        """All copies; one that cannot be read is set aside."""
         for path in sorted(self.folder.glob("*.json")):
-            try:
-                content: dict[str, Any] = json.loads(path.read_text())
-                age = time.time() - path.stat().st_mtime
-                yield Copy(path.stem, content["fields"], content["undo"], age)
-            except FileNotFoundError:
-                continue  # it has ended meanwhile
-            except (OSError, ValueError, KeyError) as error:
-                log.error("cannot read a copy of a record: set aside", path=str(path), error=str(error))  # noqa: TRY400
-                self.set_aside(path.stem)
+            if copy := self.find(path.stem):
+                yield copy
+
+    def find(self, operation_id: str) -> Copy | None:
+        """The copy of one record; None where there is none, or none that can be read."""
+        path = self._path(operation_id)
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+            age = time.time() - path.stat().st_mtime
+            return Copy(operation_id, content["fields"], content["undo"], age)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError) as error:
+            log.error("cannot read a copy of a record: set aside", path=str(path), error=str(error))  # noqa: TRY400
+            self.set_aside(operation_id)
+            return None
 
     def set_aside(self, operation_id: str) -> None:
         """Keep a copy that nothing can be done with for people to look at."""
