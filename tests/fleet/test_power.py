@@ -19,7 +19,7 @@ from worker.compute import power
 from worker.compute.local import LocalHost, LocalInstance
 from worker.compute.power import BY_FORCE, Patience
 from worker.context import Alone
-from worker.errors import Cancelled
+from worker.errors import Cancelled, FencedOff
 from worker.settings import Settings
 
 READY = "virtfleet-guest ready"
@@ -208,6 +208,26 @@ def test_a_cancelled_reboot_leaves_a_guest_that_runs(host: LabHost, spawn: Spawn
     assert state_of(host, record["instance"]) == "shut off"
     assert power.power_on(instance, undo).note == "started"
     wait_until(lambda: boots(host, record) == 2, 60, "it has come up again")
+
+
+class Overtaken(Alone):
+    """A step that is taken over by another while it waits for the guest."""
+
+    waited = False
+
+    def progress(self, done: int, total: int | None = None, note: str = "") -> None:
+        self.waited = True
+
+    def check(self) -> None:
+        if self.waited:
+            raise FencedOff("another worker has taken over")
+
+
+def test_a_step_that_was_overtaken_forces_nothing(host: LabHost, spawn: Spawn) -> None:
+    record = spawn()
+    with pytest.raises(FencedOff):
+        power.power_off(on_host(host, record), Patience(timeout=0.5), Overtaken("op-late", int(time.time() * 1e6)))
+    assert state_of(host, record["instance"]) == "running"
 
 
 def test_a_fence_from_a_redis_that_was_lost_is_outgrown(host: LabHost, scheduler: Scheduler, spawn: Spawn) -> None:

@@ -26,7 +26,7 @@ from worker.engine.step import Retries, step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
 from worker.engine.worker import run_worker
-from worker.errors import HostUnreachable, InvalidSpec, NoSpace
+from worker.errors import HostUnreachable, InvalidSpec, InvalidState, NoSpace
 from worker.models import Name
 
 HOST = "h1"
@@ -77,7 +77,7 @@ def remove(ctx: StepContext, thing: str) -> None:
 
 @undoes("test.refuse")
 def refuse(ctx: StepContext) -> None:
-    raise NoSpace("cannot be undone", path="/full")
+    raise InvalidState("cannot be undone")
 
 
 # --- steps --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from uuid import uuid4
 
-from worker.engine import deferred
+from worker.engine import deferred, keys
 from worker.engine.journal import Journal
 from worker.engine.record import State
 from worker.engine.registry import registry
@@ -51,3 +51,12 @@ def test_one_that_is_turned_away_does_not_hold_up_the_others(journal: Journal) -
     deferred.submit_due(journal.redis, 10)
     assert journal.read("op-wrong").state is State.REJECTED
     assert journal.read("op-right").state is State.QUEUED
+
+
+def test_one_that_this_version_does_not_know_is_put_off_and_holds_up_nobody(journal: Journal) -> None:
+    deferred.defer("op-strange", KIND, {**known("db"), "no_such_field": 1}, 0.0)
+    deferred.defer("op-unknown", "virtfleet.nosuch", {}, 0.0)
+    deferred.defer("op-right", KIND, known("web"), 0.0)
+    deferred.submit_due(journal.redis, 10)
+    assert journal.read("op-right").state is State.QUEUED
+    assert journal.redis.zrange(keys.DEFERRED, 0, -1) == ["op-strange", "op-unknown"]

@@ -236,6 +236,20 @@ def test_redis_loses_its_memory_and_what_is_undone_afterwards_is_complete(fleet:
     assert events.undone() == ["test.copy"]
 
 
+def test_a_worker_that_comes_up_before_redis_keeps_its_steps(fleet: EngineFleet, events: Events) -> None:
+    """Its predecessor was told to stop, and nobody could take that back as it started."""
+    disk = fleet.workers["disk"]
+    disk.kill(signal.SIGTERM)
+    wait_until(lambda: not disk.alive, 20, "the disk worker ends")
+    fleet.redis.kill9()
+    disk.start()
+    time.sleep(3)
+    fleet.redis.start()
+    fleet.heal()
+    require_succeeded(fleet, events, begin(tasks.ChainRequest, events))
+    assert len(events.lines("begin", "test.copy")) == 1
+
+
 def test_every_connection_to_redis_is_cut(fleet: EngineFleet, events: Events) -> None:
     record = begin(tasks.ChainRequest, events)
     with fleet.redis.client() as client:
