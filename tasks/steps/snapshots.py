@@ -115,7 +115,8 @@ def delete_snapshot(ctx: StepContext, request: SnapshotDeleteRequest) -> Deleted
 def restore_disks(ctx: StepContext, request: SnapshotRestoreRequest) -> DiskSet:
     """Make the new instance's disks from the snapshot's."""
     spec = restore.spec_from(local_host(ctx), request.snapshot)
-    provision.check_request(local_instance(ctx), spec)
+    if not ctx.record.undo:  # else an earlier attempt has begun, and what is there is its own
+        provision.check_request(local_instance(ctx), spec)
     return restore.restore_disks(local_instance(ctx), request.snapshot, ctx)
 
 
