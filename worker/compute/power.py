@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from worker.compute.local import LocalInstance, require_ours
 from worker.context import Context
@@ -78,8 +77,9 @@ def power_off(instance: LocalInstance, patience: Patience, ctx: Context, *, come
             return PowerChange(before=before, after=before, note="already off, its memory saved")
         if before is PowerState.OFF:
             return PowerChange(before=before, after=before, note="already off")
-        asking = partial(_await_undone, instance, patience, ctx) if comes_back else _nothing
-        note = _take_down(guest, before, patience, ctx, asking)
+        if comes_back:
+            _await_when_undone(instance, patience, ctx)
+        note = _take_down(guest, before, patience, ctx)
         return PowerChange(before=before, after=guest.power(), note=note)
 
 
@@ -111,7 +111,8 @@ def reboot(instance: LocalInstance, patience: Patience, ctx: Context) -> PowerCh
         ctx.undo("power_on", name=instance.name, uuid=instance.uuid)
         note = "off already"
         if before is not PowerState.OFF:
-            note = _take_down(guest, before, patience, ctx, partial(_await_undone, instance, patience, ctx))
+            _await_when_undone(instance, patience, ctx)
+            note = _take_down(guest, before, patience, ctx)
         guest.claim(instance.owner(ctx, started=True))
         _start(instance, guest, ctx)
         return PowerChange(before=before, after=guest.power(), note=f"{note}, then started")
@@ -172,25 +173,22 @@ def await_shutdown(instance: LocalInstance, seconds: float, ctx: Context) -> Non
             time.sleep(POLL)
 
 
-def _await_undone(instance: LocalInstance, patience: Patience, ctx: Context) -> None:
-    seconds = min(patience.timeout, LINGERS)
-    ctx.undo("await_shutdown", name=instance.name, uuid=instance.uuid, seconds=seconds)
+def _await_when_undone(instance: LocalInstance, patience: Patience, ctx: Context) -> None:
+    if patience.timeout:  # else it is not asked
+        seconds = min(patience.timeout, LINGERS)
+        ctx.undo("await_shutdown", name=instance.name, uuid=instance.uuid, seconds=seconds)
 
 
-def _nothing() -> None:
-    """A guest that is to be off may go down whenever it likes."""
-
-
-def _take_down(guest: Guest, before: PowerState, patience: Patience, ctx: Context, asking: Callable[[], None]) -> str:
-    """Shut down in time or by force; how it went. `asking` is called before the guest is asked."""
+def _take_down(guest: Guest, before: PowerState, patience: Patience, ctx: Context) -> str:
+    """Shut down in time or by force; how it went."""
     if before is PowerState.CRASHED or patience.timeout == 0:
         _force(guest, ctx)
         return "powered off by force"
     if before is PowerState.PAUSED:
         guest.resume()  # a paused guest cannot save its data: let it hear the request
         with _paused_again_if_stopped(guest):
-            return _ask_down(guest, patience, ctx, asking)
-    return _ask_down(guest, patience, ctx, asking)
+            return _ask_down(guest, patience, ctx)
+    return _ask_down(guest, patience, ctx)
 
 
 @contextmanager
@@ -204,8 +202,7 @@ def _paused_again_if_stopped(guest: Guest) -> Iterator[None]:
         raise
 
 
-def _ask_down(guest: Guest, patience: Patience, ctx: Context, asking: Callable[[], None]) -> str:
-    asking()
+def _ask_down(guest: Guest, patience: Patience, ctx: Context) -> str:
     began = time.monotonic()
     asked = 0
     while (elapsed := time.monotonic() - began) < patience.timeout:
