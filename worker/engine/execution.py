@@ -99,8 +99,8 @@ def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
     except Exception as error:
         log.exception("unforeseen error")
         # What cannot be removed now (disk full, an I/O error) may be later, and an undo is repeatable by nature.
-        outcome: Outcome = "retry" if ctx.is_undo and isinstance(error, OSError) else "failed"
-        return Ending(outcome, error=InternalError(f"{type(error).__name__}: {error}"))
+        may_retry = ctx.is_undo and isinstance(error, OSError) and ctx.lease.attempt < made.retries.attempts
+        return Ending("retry" if may_retry else "failed", error=InternalError(f"{type(error).__name__}: {error}"))
 
 
 def _attempts(made: Step[Any], ctx: StepContext, error: FleetError) -> int:
