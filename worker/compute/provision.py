@@ -42,12 +42,10 @@ from worker.models import (
 from worker.settings import RootDisk
 from worker.virt.guest import Guest
 from worker.virt.host import Host
+from worker.virt.jobs import NEEDS_NO_LOCKS
 
 METADATA_BYTES = 16 * MIB
 """What an overlay, a seed and a definition take at the most before the guest writes anything."""
-
-IOTHREADS_SINCE = (9, 0, 0)
-"""QEMU 7.2 has died of the abort of a backup of several disks in an iothread; 9.0 has no such lock any more."""
 
 DISK_MODE = 0o600
 """What is on a guest's disk is nobody else's business; libvirt hands the file to QEMU's user while it is in use."""
@@ -272,7 +270,7 @@ def domain_config(
         machine=can.machine,
         console_log=instance.folder.console_log,
         nvram=instance.folder.nvram,
-        iothread=host.qemu_version >= IOTHREADS_SINCE,
+        iothread=host.qemu_version >= NEEDS_NO_LOCKS,  # before, to abort a backup of several disks may kill the guest
         disk_cache="none" if supports_direct_io(instance.folder.path) else "writeback",
     )
 

@@ -45,9 +45,9 @@ class _Bounded:
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._domain, name)
-        return partial(self._ask, attribute) if name in ANSWERED_BY_QEMU else attribute
+        return partial(self.ask, attribute) if name in ANSWERED_BY_QEMU else attribute
 
-    def _ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
+    def ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """Make the call in a thread that may be left behind: it ends with QEMU, or with its connection."""
         outcome: queue.SimpleQueue[Answer] = queue.SimpleQueue()
 
@@ -73,6 +73,11 @@ class _Bounded:
         raise GuestHung(
             f"QEMU of {self._domain.name()} on host {self._host} did not answer within {ANSWER_SECONDS:.0f} s"
         )
+
+
+def asked(domain: libvirt.virDomain, call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function answers that takes a `bounded` domain, such as those of libvirt_qemu. Raises GuestHung."""
+    return cast("_Bounded", domain).ask(call, domain, *arguments)
 
 
 def bounded(domain: libvirt.virDomain, host: str) -> libvirt.virDomain:

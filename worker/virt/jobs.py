@@ -22,6 +22,7 @@ from lxml.builder import ElementMaker  # type: ignore[import-not-found]  # lxml-
 from worker.context import Watcher
 from worker.errors import HypervisorError, InvalidState, JobLost, NoSpace, Stalled, UnsupportedByHost
 from worker.models import DiskFormat
+from worker.virt.bounded import asked
 from worker.virt.domain_xml import parse
 from worker.virt.faults import translated
 from worker.virt.guest import Guest
@@ -173,7 +174,7 @@ class BackupJob:
     def _qemu_version(self) -> tuple[int, int]:
         """Of the QEMU that runs the guest: the host's may have been renewed since."""
         with self._trying_to("ask for the version of the QEMU that runs"):
-            answer = libvirt_qemu.qemuMonitorCommand(self._guest.domain, '{"execute": "query-version"}', 0)
+            answer = asked(self._guest.domain, libvirt_qemu.qemuMonitorCommand, '{"execute": "query-version"}', 0)
         version = json.loads(answer)["return"]["qemu"]
         return version["major"], version["minor"]
 
