@@ -110,6 +110,7 @@ def migrate(op: Operation[MigrateRequest]) -> Canvas:
             *(steps.fingerprint.on(op, key=f"fingerprint:{name}") for name in files),
         ),
         steps.verify_disks.on(op, host=to),
+        steps.hand_over.on(op),
         steps.define_destination.on(op, host=to),
         steps.start_destination.on(op, host=to),
         steps.release.on(op),

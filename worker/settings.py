@@ -111,6 +111,11 @@ class Settings(BaseSettings):
     keep_records: Seconds = Field(
         7 * 86400.0, description="How long the record of an ended operation is kept, in seconds."
     )
+    hold_for_hosts: Seconds = Field(
+        600.0,
+        description="How long an operation that Redis has lost, and one host has put back, waits for its other hosts, "
+        "which may know more of it, in seconds.",
+    )
     stop_grace: Seconds = Field(30.0, description="How long running steps may go on after SIGTERM, in seconds.")
 
     def nbd_port_range(self) -> range:

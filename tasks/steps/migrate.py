@@ -148,6 +148,15 @@ def verify_disks(ctx: StepContext, request: MigrateRequest) -> None:  # noqa: AR
     arrival.verify(local_instance(ctx), leaving, ctx.result(prepare_source), pairs, ctx)
 
 
+@step("hand_over", queue="control")
+def hand_over(ctx: StepContext, request: MigrateRequest) -> None:
+    """From here on the destination may run its copy: the source takes its own back only after that is gone.
+
+    Put down on the source: should Redis and the destination be lost at once, nothing else would tell it.
+    """
+    ctx.undo_on(request.to, "remove_arrived_domain", name=ctx.instance, uuid=ctx.uuid)
+
+
 @step("define_destination", queue="control")
 def define_destination(ctx: StepContext, request: MigrateRequest) -> None:
     """Define the domain on its new host."""
@@ -263,15 +272,20 @@ def leave_destination(ctx: StepContext, request: RevertRequest) -> Acknowledged:
     noted = departure.handover_of(instance)
     former = noted.former if noted and noted.operation == ctx.operation else noted
     departure.set_aside(instance, _way_back(ctx, "moving").model_copy(update={"former": former}), ctx)
+    ctx.undo_on(ctx.record.details["leftover"], "set_aside_again", **_set_aside_again(ctx))  # as in `hand_over`
     return Acknowledged(host=ctx.host, fence=ctx.fence, authoritative=ctx.host)
 
 
 @step("return_source", queue="control")
 def return_source(ctx: StepContext, request: RevertRequest) -> None:  # noqa: ARG001
     """Bring the copy that was set aside back to its place, its domain as it was."""
-    instance, migration = local_instance(ctx), ctx.record.details["migration"]
-    ctx.undo("set_aside_again", name=instance.name, uuid=instance.uuid, migration=migration, counts=ctx.record.host)
-    departure.put_back(instance, ctx, keep_note=True)
+    ctx.undo("set_aside_again", **_set_aside_again(ctx))
+    departure.put_back(local_instance(ctx), ctx, keep_note=True)
+
+
+def _set_aside_again(ctx: StepContext) -> dict[str, str]:
+    migration = ctx.record.details["migration"]
+    return {"name": ctx.instance, "uuid": ctx.uuid, "migration": migration, "counts": ctx.record.host}
 
 
 @step("start_source", queue="control")

@@ -184,6 +184,7 @@ STEPS = [
     ("copy_disk:root.qcow2", "hostb"),
     ("fingerprint:root.qcow2", "hosta"),
     ("verify_disks", "hostb"),
+    ("hand_over", "hosta"),
     ("define_destination", "hostb"),
     ("start_destination", "hostb"),
     ("release", "hosta"),
@@ -191,11 +192,54 @@ STEPS = [
 ]
 
 
-HANDOVERS = [STEPS[number] for number in (4, 6, 8, 11, 12)]
+HANDOVERS = [
+    one
+    for one in STEPS
+    if one[0].partition(":")[0] in {"set_aside", "copy_disk", "verify_disks", "release", "take_over"}
+]
 ROUNDS = [
     *((key, host, fault) for key, host in STEPS for fault in (kill_workers, kill_libvirtd, cancel)),
     *((key, host, fault) for key, host in HANDOVERS for fault in (kill_redis, kill_all_workers)),
 ]
+
+
+FORGETTING = [  # the step that has begun, the host whose workers die there
+    pytest.param("define_destination", "hostb", marks=pytest.mark.thorough),
+    ("start_destination", "hostb"),
+    pytest.param("release", "hosta", marks=pytest.mark.thorough),
+    pytest.param("take_over", "hostb", marks=pytest.mark.thorough),
+]
+
+
+@pytest.mark.parametrize(("key", "host"), FORGETTING)
+@pytest.mark.parametrize("cancelled", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_what_one_host_alone_knows_is_waited_for_when_redis_has_forgotten(
+    lab: Lab, name: str, key: str, host: str, cancelled: bool
+) -> None:
+    uuid = idle(lab, name)
+    before = contents(lab.folder("hosta", uuid))
+    operation = begin(lab, name)
+    wait_until(lambda: lab.field(operation, f"step:{key}:state") in ("running", "done"), 60, f"{key} begins")
+    dead = [lab.fleet.worker(host, kind) for kind in ("control", "disk")]
+    for worker in dead:
+        worker.kill9()
+    runs_on = {one: domains(lab.fleet.hosts[one]).get(name) for one in HOSTS}
+    lab.fleet.redis.flushall()
+    wait_until(lambda: lab.field(operation, "held"), 60, "the other host puts its copy back")
+    if cancelled:
+        cancel(lab, host, operation)
+    time.sleep(8)
+    assert {one: domains(lab.fleet.hosts[one]).get(name) for one in HOSTS} == runs_on, "nothing is done meanwhile"
+    assert "waits until each of its hosts" in json.dumps(lab.run("operations", "--stalled").record)
+    for worker in dead:
+        worker.start()
+    record = ended(lab, operation)
+    if cancelled and record["state"] == "cancelled":
+        runs_at_home_as_before(lab, name, uuid, before)
+        return
+    assert record["state"] == "succeeded", json.dumps(record["error"], indent=1)
+    assert {one: domains(lab.fleet.hosts[one])[name] for one in HOSTS} == {"hosta": False, "hostb": True}
+    assert contents(lab.folder("hostb", uuid)) == before
 
 
 @pytest.mark.thorough

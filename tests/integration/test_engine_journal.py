@@ -560,7 +560,8 @@ def test_what_began_after_the_loss_ends_before_the_lost_one_goes_on(journal: Jou
     journal.redis.flushall()
     admit(journal, "new")
     take(journal, name="new")
-    assert journal.revive("old", lease.fence, fields, undo)
+    assert journal.revive("old", lease.fence, fields, undo) == "put back"
+    journal.let_go("old")
     assert owner(journal) == "new"
     assert refusal(journal, "boot", name="old") == "unowned"
     journal.mark_published("old", [journal.read("old").steps["boot"]])
@@ -568,6 +569,82 @@ def test_what_began_after_the_loss_ends_before_the_lost_one_goes_on(journal: Jou
     assert owner(journal) == "old"
     assert journal.read("old").steps["boot"].published is None, "it goes out again at once"
     assert take(journal, "boot", name="old").fence
+
+
+def test_two_hosts_copies_of_a_lost_record_make_it_whole_before_it_goes_on(journal: Journal) -> None:
+    admit(journal, "op")
+    first = take(journal)
+    journal.push_undo(first, ENTRY)
+    done(journal, first)
+    older = journal.dump("op")
+    second = take(journal, "boot")
+    journal.push_undo(second, UndoEntry("stop", "h2", {}))
+    running = journal.dump("op")
+    done(journal, second)
+    whole, newer = journal.read("op"), journal.dump("op")
+    journal.redis.flushall()
+
+    assert journal.revive("op", first.fence, *older) == "put back"
+    assert refusal(journal, "boot") == "early", "somebody may know more of it"
+    assert journal.revive("op", second.fence, *running) == "completed"
+    assert journal.read("op").steps["boot"].state is StepState.RUNNING
+    assert journal.revive("op", second.fence, *newer) == "completed"
+    assert [journal.revive("op", first.fence, *copy) for copy in (older, running, newer)] == ["", "", ""]
+    journal.let_go("op")
+    assert journal.read("op") == whole
+    assert journal.revive("op", second.fence, *newer) == "", "it has gone on since"
+
+
+def test_a_copy_that_knows_of_the_turning_back_turns_the_record_back(journal: Journal) -> None:
+    admit(journal, "op")
+    first = take(journal)
+    journal.push_undo(first, ENTRY)
+    done(journal, first)
+    older = journal.dump("op")
+    second = take(journal, "boot")
+    journal.push_undo(second, UndoEntry("stop", "h2", {}))
+    failed(journal, second)
+    undoing = take(journal, "undo:1", phase="undo")
+    done(journal, undoing)
+    whole, newer = journal.read("op"), journal.dump("op")
+    journal.redis.flushall()
+
+    assert journal.revive("op", first.fence, *older) == "put back"
+    assert journal.revive("op", undoing.fence, *newer) == "completed"
+    journal.let_go("op")
+    assert journal.read("op") == whole
+    assert take(journal, "undo:0", phase="undo").fence > undoing.fence
+
+
+def test_undo_entries_that_come_in_another_order_keep_what_became_of_them(journal: Journal) -> None:
+    entries = [UndoEntry("remove", "h1", {"n": number}).as_json() for number in range(3)]
+    admit(journal, "op")
+    done(journal, take(journal))
+    fields, _ = journal.dump("op")
+    fields.update({"state": "undoing", "verdict": "failed", "error": "{}"})
+    undone = {"step:undo:1:state": "done", "step:undo:1:fence": "7"}
+    journal.redis.flushall()
+    assert journal.revive("op", 1, fields, entries[:1]) == "put back"
+    assert journal.revive("op", 7, {**fields, **undone}, [entries[2], entries[1]]) == "completed"
+    journal.let_go("op")
+    record = journal.read("op")
+    assert [entry.arguments["n"] for entry in record.undo] == [0, 2, 1]
+    assert [step.state for step in record.undo_steps] == [StepState.PENDING, StepState.PENDING, StepState.DONE]
+
+
+def test_the_executor_of_a_held_record_has_it_go_on(journal: Journal) -> None:
+    admit(journal, "op")
+    older = journal.dump("op")
+    lease = take(journal)
+    dump = journal.dump("op")
+    journal.redis.flushall()
+    assert journal.revive("op", 0, *older) == "put back"
+    assert journal.renew(lease) == ("gone", False)
+    assert put_back(journal, lease, dump)
+    assert journal.renew(lease) == ("held", False)
+    assert journal.read("op").held is None
+    done(journal, lease)
+    assert take(journal, "boot").fence > lease.fence
 
 
 def test_a_claim_that_was_lost_alone_is_taken_again(journal: Journal) -> None:

@@ -13,8 +13,9 @@ from worker.engine.canvas import Canvas, remaining, step_signature
 from worker.engine.connection import translated
 from worker.engine.decide import Clock, Decision, End, Look, Publish, TurnBack, Undo, decide
 from worker.engine.journal import Journal, journal
-from worker.engine.mirror import Mirror
+from worker.engine.mirror import LOOK_EVERY, Mirror
 from worker.engine.record import Record, State, StepRecord, StepState
+from worker.engine.registry import registry
 from worker.engine.silence import silence
 from worker.errors import BrokerUnavailable, Cancelled
 from worker.settings import get_settings
@@ -37,6 +38,9 @@ def advance(operation_id: str, *, prompt: bool = False) -> Decision | None:
     if record is None:
         book.forget_attention(operation_id)
         return None
+    if record.held is not None and not _may_go_on(book, record):
+        book.look_in(operation_id, LOOK_EVERY / 2)
+        return Look(LOOK_EVERY / 2)
     if record.state is State.WAITING:
         book.release(record.instance)  # where the owner it waits for has ended without a word
         record = book.find(operation_id) or record
@@ -54,6 +58,22 @@ def advance(operation_id: str, *, prompt: bool = False) -> Decision | None:
         case Look(seconds):
             book.look_in(operation_id, seconds)
     return decision
+
+
+def _may_go_on(book: Journal, record: Record) -> bool:
+    """Whether a record that was put back knows all that its hosts know of it; if so it is held no longer.
+
+    A host is introduced after it has looked through its copies. For one that stays away the others wait so long: what
+    it may have done is not done again before it is back, nor undone, for that has to be done there.
+    """
+    age = book.now() - (record.held or 0.0)
+    away = [host for host in record.hosts if not registry().knows(host)]
+    if age < 2 * LOOK_EVERY or (away and age < get_settings().hold_for_hosts):
+        return False
+    if away:
+        log.error("goes on without hosts that may know more of it", operation=record.id, hosts=sorted(away))
+    book.let_go(record.id)
+    return True
 
 
 def see_to(operation_id: str) -> None:

@@ -28,6 +28,7 @@ Phase = Literal["run", "undo"]
 Outcome = Literal["done", "retry", "failed"]
 Kept = Literal["held", "stop", "leave", "lost", "gone"]
 Committed = Literal["ok", "refused", "gone"]
+Revived = Literal["put back", "completed", ""]
 
 TRIM_BATCH = 500
 """Ids that one `trim` looks at: it runs within the reaper's tick."""
@@ -313,25 +314,29 @@ class Journal:
             )
         )
 
-    def revive(self, operation_id: str, fence: int, fields: dict[str, str], undo: list[str]) -> bool:
-        """Put back a record that Redis has lost and nobody executes; True when this call did it."""
+    def revive(self, operation_id: str, fence: int, fields: dict[str, str], undo: list[str]) -> Revived:
+        """Put back a record that Redis has lost and nobody executes, or add to one that is held what it lacks."""
         instance = json.loads(fields["head"])["instance"]
         pairs = [part for pair in fields.items() for part in pair]
-        return bool(
-            self._run(
-                "revive",
-                [
-                    keys.operation(operation_id),
-                    keys.claim(instance),
-                    keys.undo(operation_id),
-                    keys.ATTENTION,
-                    keys.OPERATIONS,
-                    keys.FENCE,
-                    keys.waiting(instance),
-                ],
-                *(operation_id, fence, fields["submitted_at"], _OPERATION_PREFIX, len(undo), *undo, *pairs),
-            )
+        answer = self._run(
+            "revive",
+            [
+                keys.operation(operation_id),
+                keys.claim(instance),
+                keys.undo(operation_id),
+                keys.ATTENTION,
+                keys.OPERATIONS,
+                keys.FENCE,
+                keys.waiting(instance),
+            ],
+            *(operation_id, fence, fields["submitted_at"], _OPERATION_PREFIX, len(undo), *undo, *pairs),
         )
+        return cast("Revived", answer)
+
+    def let_go(self, operation_id: str) -> None:
+        """Have an operation go on that was held since it was put back."""
+        with translated():
+            self.redis.hdel(keys.operation(operation_id), "held")
 
     # --- turning back and ending ---------------------------------------------------------------------------------
 

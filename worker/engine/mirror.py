@@ -147,7 +147,7 @@ class MirrorWatch(threading.Thread):
             pass
 
     def look(self) -> bool:
-        """Compare every copy with Redis once; whether records are missing there."""
+        """Compare every copy with Redis once, which may lack it or know less; whether records are missing there."""
         with self._lock:
             self._mirror.sweep()
             copies = list(self._mirror.copies())
@@ -158,7 +158,7 @@ class MirrorWatch(threading.Thread):
                 state = states[copy.operation]
                 if state is not None and state.final:
                     self._mirror.drop(copy.operation)
-                elif state is None and now - self._missing[copy.operation] >= LOOK_EVERY:
+                elif state is not None or now - self._missing[copy.operation] >= LOOK_EVERY:
                     self._put_back(copy)
             return bool(self._missing)
 
@@ -177,5 +177,5 @@ class MirrorWatch(threading.Thread):
             # It may have ended since, elsewhere, so long ago that its record has expired.
             log.error("too old to be taken up again: set aside", operation=copy.operation, days=copy.age // 86400)
             self._mirror.set_aside(copy.operation)
-        elif self._book.revive(copy.operation, copy.fence, copy.fields, copy.undo):
-            log.warning("Redis had lost this operation: restored from the host's copy", operation=copy.operation)
+        elif done := self._book.revive(copy.operation, copy.fence, copy.fields, copy.undo):
+            log.warning("Redis had lost this operation, and this host has a copy", operation=copy.operation, done=done)

@@ -140,12 +140,18 @@ class Record:
     undo: tuple[UndoEntry, ...] = ()
     undo_steps: tuple[StepRecord, ...] = ()
     cancel: float | None = None
+    held: float | None = None
     verdict: State | None = None
     error: dict[str, Any] | None = None
     submitted_at: float = 0.0
     started_at: float | None = None
     ended_at: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        """The hosts that have, or may have, a part in it."""
+        return frozenset(step.plan.host for step in (*self.steps.values(), *self.undo_steps))
 
     @property
     def result(self) -> Any:
@@ -223,6 +229,7 @@ def _parsed(operation_id: str, fields: dict[str, str], undo: list[str]) -> Recor
         undo=entries,
         undo_steps=tuple(_step(undo_plan(index, entry), fields) for index, entry in enumerate(entries)),
         cancel=_number(fields.get("cancel")),
+        held=_number(fields.get("held")),
         verdict=State(fields["verdict"]) if fields.get("verdict") else None,
         error=json.loads(fields["error"]) if fields.get("error") else None,
         submitted_at=float(fields.get("submitted_at", 0)),

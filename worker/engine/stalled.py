@@ -18,6 +18,9 @@ def why_stalled(record: Record, leases: Mapping[str, float]) -> str:
         return f"undo failed; remains: {', '.join(left)} (try again: virtfleet operation retry-undo {record.id})"
     if record.state.final:
         return ""
+    if record.held is not None:
+        hosts = ", ".join(sorted(record.hosts))
+        return f"put back after Redis had lost it: waits until each of its hosts ({hosts}) has told what it knows"
     reasons = [_why(step, leases) for step in (*record.steps.values(), *record.undo_steps)]
     return "; ".join(reason for reason in reasons if reason)
 

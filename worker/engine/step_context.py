@@ -83,8 +83,12 @@ class StepContext:
 
     def undo(self, action: str, **arguments: Any) -> None:
         """Put down how to undo what comes next, on this host. Durable before it returns."""
+        self.undo_on(self.host, action, **arguments)
+
+    def undo_on(self, host: str, action: str, **arguments: Any) -> None:
+        """Put down how to undo what that host will do, before it may begin: so this host knows of it, too."""
         self.check()
-        entry = UndoEntry(action, self.host, arguments)
+        entry = UndoEntry(action, host, arguments)
         answer = patiently(self._book.push_undo, self.lease, entry)
         if answer == "gone":
             self._keeper.restore()

@@ -7,6 +7,7 @@
 local now = seconds()
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return { 'gone' } end
+if redis.call('HEXISTS', KEYS[1], 'held') == 1 then return { 'early' } end
 if tonumber(redis.call('HGET', KEYS[1], 'schema') or '1') > tonumber(ARGV[7]) then return { 'newer' } end
 local function state_of(key) return redis.call('HGET', KEYS[1], 'step:' .. key .. ':state') end
 local field = 'step:' .. ARGV[2] .. ':'

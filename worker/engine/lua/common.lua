@@ -48,3 +48,68 @@ end
 local function outgrow(key, fence)
   if tonumber(redis.call('GET', key) or '0') < tonumber(fence) then redis.call('SET', key, fence) end
 end
+
+-- Whether nothing is known of an operation. Who asked again meanwhile may have been turned away at admission: that
+-- record has no plan, and stands for nothing.
+local function is_lost(operation) return redis.call('HEXISTS', operation, 'plan') == 0 end
+
+-- Fields from a list of names and values that begins there.
+local function fields_from(list, first)
+  local fields = {}
+  for i = first, #list, 2 do fields[list[i]] = list[i + 1] end
+  fields.held = nil
+  return fields
+end
+
+-- Write down a copy of a record that is lost.
+local function put_back(operation, undo, entries, fields)
+  redis.call('DEL', operation, undo)
+  for name, value in pairs(fields) do redis.call('HSET', operation, name, value) end
+  for _, entry in ipairs(entries) do redis.call('RPUSH', undo, entry) end
+end
+
+-- Add to a record what another copy of it knows later: undo entries, executions with a higher fence or that have ended
+-- since, its turning back. Returns whether there was such a thing.
+local function learn(operation, undo, entries, fields)
+  local learnt = false
+  local place = {} -- an entry's number may be another one here
+  for i, entry in ipairs(entries) do
+    local at = redis.call('LPOS', undo, entry)
+    if not at then
+      at = redis.call('RPUSH', undo, entry) - 1
+      learnt = true
+    end
+    place['undo:' .. (i - 1)] = 'undo:' .. at
+  end
+  local function own(step, name) return 'step:' .. (place[step] or step) .. ':' .. name end
+
+  local later = {}
+  for name, fence in pairs(fields) do
+    local step = string.match(name, '^step:(.+):fence$')
+    if step then
+      local known = tonumber(redis.call('HGET', operation, own(step, 'fence')) or '0')
+      local ended = fields['step:' .. step .. ':state'] ~= 'running'
+        and redis.call('HGET', operation, own(step, 'state')) == 'running'
+      later[step] = known < tonumber(fence) or (known == tonumber(fence) and ended)
+      learnt = learnt or later[step]
+    end
+  end
+  for name, value in pairs(fields) do
+    local step, of_step = string.match(name, '^step:(.+):([^:]+)$')
+    if later[step or ''] then redis.call('HSET', operation, own(step, of_step), value) end
+  end
+
+  local state = redis.call('HGET', operation, 'state')
+  if fields.state == 'undoing' and (state == 'waiting' or state == 'queued' or state == 'running') then
+    for _, name in ipairs({ 'state', 'verdict', 'error' }) do
+      if fields[name] then redis.call('HSET', operation, name, fields[name]) end
+    end
+    learnt = true
+  elseif fields.state == 'running' and (state == 'waiting' or state == 'queued') then
+    redis.call('HSET', operation, 'state', 'running')
+  end
+  for _, name in ipairs({ 'cancel', 'started_at' }) do
+    if fields[name] then redis.call('HSETNX', operation, name, fields[name]) end
+  end
+  return learnt
+end
