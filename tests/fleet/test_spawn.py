@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import libvirt
@@ -152,14 +155,23 @@ def test_twenty_spawns_of_one_image_fetch_it_once_and_all_run(
             list(pool.map(lambda name: scheduler.call("destroy", instance=name), names))
 
 
+@pytest.fixture
+def bridge() -> Iterator[str]:
+    """A bridge of the machine, and the device that taps are made with, which containers lack."""
+    name, tun = f"vf{os.getpid()}", Path("/dev/net/tun")
+    with ExitStack() as stack:
+        if not tun.exists():
+            tun.parent.mkdir(exist_ok=True)
+            os.mknod(tun, 0o600 | stat.S_IFCHR, os.makedev(10, 200))  # Linux' Documentation/networking/tuntap.rst
+            stack.callback(tun.unlink)
+        subprocess.run(["ip", "link", "add", name, "type", "bridge"], check=True)
+        stack.callback(subprocess.run, ["ip", "link", "delete", name], check=True)
+        yield name
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a bridge")
-def test_a_guest_is_attached_to_its_bridge(host: LabHost, spawn: Spawn) -> None:
-    bridge = f"vf{os.getpid()}"
-    subprocess.run(["ip", "link", "add", bridge, "type", "bridge"], check=True)
-    try:
-        record = spawn(networks=[f"bridge:{bridge}", "none"])
-        assert record["state"] == "succeeded", record["error"]
-        [attached] = virsh(host, "domiflist", record["instance"]).splitlines()
-        assert attached.split()[1:4] == ["bridge", bridge, "virtio"]
-    finally:
-        subprocess.run(["ip", "link", "delete", bridge], check=True)
+def test_a_guest_is_attached_to_its_bridge(host: LabHost, spawn: Spawn, bridge: str) -> None:
+    record = spawn(networks=[f"bridge:{bridge}", "none"])
+    assert record["state"] == "succeeded", record["error"]
+    [attached] = virsh(host, "domiflist", record["instance"]).splitlines()
+    assert attached.split()[1:4] == ["bridge", bridge, "virtio"]
