@@ -18,6 +18,7 @@ from worker.compute.local import LocalHost
 from worker.engine import checkup, strays
 from worker.engine.connection import translated
 from worker.engine.journal import journal
+from worker.engine.mirror import Mirror
 from worker.engine.registry import registry
 from worker.errors import BrokerUnavailable, FleetError
 from worker.findings import Finding, Severity, Suspect, settle
@@ -46,7 +47,7 @@ def examine_here(host: str, *, fix: bool) -> list[Finding]:
             remedy=error.hint,
         )
         local = LocalHost(host, get_settings())
-        return [away, *settle(doctor.look(local), strays.owners_by_host, fix=False, host=host)]
+        return [away, *settle(_look(local), strays.owners_by_host, fix=False, host=host)]
 
 
 def examine_fleet(hosts: Sequence[str], *, fix: bool, timeout: float) -> list[Finding]:
@@ -70,8 +71,13 @@ def examine_fleet(hosts: Sequence[str], *, fix: bool, timeout: float) -> list[Fi
 def _examine(host: str, *, fix: bool) -> list[Finding]:
     book = journal()
     local = LocalHost(host, get_settings())
-    suspects = chain([checkup.clock(book)], doctor.look(local), _registered(local))
+    suspects = chain([checkup.clock(book)], _look(local), _registered(local))
     return settle(suspects, partial(strays.owners, book), fix=fix, host=host)
+
+
+def _look(local: LocalHost) -> Iterator[Suspect]:
+    yield from doctor.look(local)
+    yield from checkup.copies(Mirror())
 
 
 def _registered(local: LocalHost) -> Iterator[Suspect]:

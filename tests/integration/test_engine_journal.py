@@ -438,24 +438,34 @@ def test_the_end_of_one_operation_does_not_free_the_instance_of_another(journal:
 
 def test_who_waits_for_the_end_is_told_until_it_has_ended(journal: Journal) -> None:
     admit(journal, "op")
-    assert journal.wait_for("op", "task", "control@h1")
-    assert journal.waiters("op") == [("task", "control@h1")]
+    waiter = ("task", "control@h1")
+    assert journal.wait_for("op", waiter)
+    assert journal.wait_for("op", waiter)
+    assert journal.waiters("op") == [waiter]
     end(journal, "op")
     assert attention(journal) is not None, "until the waiter has its answer"
     journal.waiter_answered("op", "task", "control@h1")
     assert journal.waiters("op") == []
-    assert not journal.wait_for("op", "late", "control@h1")
+    assert not journal.wait_for("op", ("late", "control@h1"))
+
+
+def test_who_asks_by_name_is_told_of_the_end_though_the_worker_dies_right_after_admission(journal: Journal) -> None:
+    head = {"kind": "test", "request": {}, "instance": "vm", "uuid": "u", "host": "h1"}
+    assert journal.admit("op", head, "digest", CHAIN, wait=False, waiter=("task", "control@h1")).outcome == "admitted"
+    assert journal.waiters("op") == [("task", "control@h1")]
 
 
 def test_a_look_asked_for_sooner_stands(journal: Journal) -> None:
     admit(journal, "op")
-    journal.look_in("op", 3)
-    journal.look_in("op", 8)
+    journal.look_in("op", 3, since=journal.now())
+    journal.look_in("op", 8, since=journal.now())
     assert 2 < (attention(journal) or 0) <= 3
     journal.redis.zadd(keys.ATTENTION, {"op": journal.now() - 1})
-    journal.look_in("op", 8)
+    journal.look_in("op", 8, since=journal.now() - 2)
+    assert (attention(journal) or 0) <= 0, "it was asked for after the record was read"
+    journal.look_in("op", 8, since=journal.now())
     assert 7 < (attention(journal) or 0) <= 8, "one that is over is moved"
-    journal.look_in("unknown", 1)
+    journal.look_in("unknown", 1, since=journal.now())
     assert attention(journal, "unknown") is None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from worker.engine import checkup
 from worker.engine.mirror import UNFINISHED, Copy, Mirror
 
 COPY = Copy("op-1", {"state": "running"}, [])
@@ -37,3 +38,13 @@ def test_what_a_killed_worker_had_begun_is_swept(tmp_path: Path) -> None:
     os.utime(abandoned, (long_ago, long_ago))
     mirror.sweep()
     assert names(tmp_path) == ["op-1.json", begun.name]
+
+
+def test_a_damaged_copy_is_set_aside_and_the_doctor_tells_of_it(tmp_path: Path) -> None:
+    mirror = Mirror(tmp_path)
+    mirror.keep(COPY)
+    (tmp_path / "op-2.json").write_text('{"fields"')
+    assert [copy.operation for copy in mirror.copies()] == ["op-1"]
+    [suspect] = checkup.copies(mirror)
+    assert suspect.finding.where == str(tmp_path / "op-2.set-aside")
+    assert "op-2" in suspect.finding.what

@@ -34,29 +34,30 @@ def advance(operation_id: str, *, prompt: bool = False) -> Decision | None:
     Safe to call at any time by anybody: what it publishes twice runs once.
     """
     book = journal()
+    clock = _clock(book)
     record = book.find(operation_id)
     if record is None:
         book.forget_attention(operation_id)
         return None
     if record.held is not None and not _may_go_on(book, record):
-        book.look_in(operation_id, LOOK_EVERY / 2)
+        book.look_in(operation_id, LOOK_EVERY / 2, since=clock.now)
         return Look(LOOK_EVERY / 2)
     if record.state is State.WAITING:
         book.release(record.instance)  # where the owner it waits for has ended without a word
         record = book.find(operation_id) or record
     executing = [step for step in (*record.steps.values(), *record.undo_steps) if step.state is StepState.RUNNING]
-    decision = decide(record, book.leases(record, executing), _clock(book), prompt=prompt)
+    decision = decide(record, book.leases(record, executing), clock, prompt=prompt)
     match decision:
         case Publish(heads):
-            _publish(book, record, heads)
+            _publish(book, record, heads, clock)
         case Undo(steps):
-            _publish_undo(book, record, steps)
+            _publish_undo(book, record, steps, clock)
         case TurnBack():
             turn_back(operation_id)
         case End(state):
             _end(book, record, state)
         case Look(seconds):
-            book.look_in(operation_id, seconds)
+            book.look_in(operation_id, seconds, since=clock.now)
     return decision
 
 
@@ -98,7 +99,7 @@ def _clock(book: Journal) -> Clock:
     return Clock(book.now(), settings.publish_grace, leases_count=renewed)
 
 
-def _publish(book: Journal, record: Record, heads: tuple[str, ...]) -> None:
+def _publish(book: Journal, record: Record, heads: tuple[str, ...], clock: Clock) -> None:
     app.loader.import_default_modules()  # a client that only cancels has imported no step
     left = [key for key, step in record.steps.items() if step.state is not StepState.DONE]
     stage = next(stage for stage in record.stages if any(plan.key in heads for plan in stage))
@@ -106,18 +107,18 @@ def _publish(book: Journal, record: Record, heads: tuple[str, ...]) -> None:
     # With a step of the same stage still in somebody's hands, what follows is published by whoever ends last.
     wanted = heads if beside else left
     canvas = remaining(record.stages, wanted, record.id, record.instance)
-    _send(book, record, canvas, [record.steps[key] for key in heads])
+    _send(book, record, canvas, [record.steps[key] for key in heads], clock)
 
 
-def _publish_undo(book: Journal, record: Record, steps: Sequence[StepRecord]) -> None:
+def _publish_undo(book: Journal, record: Record, steps: Sequence[StepRecord], clock: Clock) -> None:
     app.loader.import_default_modules()  # a client that only cancels has imported no step
     task = app.tasks[UNDO_TASK]
     messages = [step_signature(task, step.plan, record.id, record.instance) for step in steps]
-    _send(book, record, messages[0] if len(messages) == 1 else chain(*messages), steps[:1])
+    _send(book, record, messages[0] if len(messages) == 1 else chain(*messages), steps[:1], clock)
 
 
-def _send(book: Journal, record: Record, canvas: Canvas, heads: Sequence[StepRecord]) -> None:
-    book.look_in(record.id, get_settings().publish_grace)
+def _send(book: Journal, record: Record, canvas: Canvas, heads: Sequence[StepRecord], clock: Clock) -> None:
+    book.look_in(record.id, clock.grace, since=clock.now)
     try:
         with translated():
             canvas.apply_async()

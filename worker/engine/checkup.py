@@ -11,6 +11,7 @@ from redis.exceptions import ResponseError
 from worker.engine import keys, strays
 from worker.engine.connection import Redis, translated
 from worker.engine.journal import Journal
+from worker.engine.mirror import Mirror
 from worker.engine.registry import Registry
 from worker.findings import Severity, Suspect, suspect
 from worker.models import Instance
@@ -41,6 +42,18 @@ def workers(fleet: Registry, host: str) -> Iterator[Suspect]:
             what = f"no {kind} worker serves the host: what is meant for it waits"
             remedy = f"Start it there: virtfleet worker {kind} --host {host}"
             yield suspect(Severity.ERROR, f"no_{kind}_worker", what, where=f"{kind}@{host}", remedy=remedy)
+
+
+def copies(mirror: Mirror) -> Iterator[Suspect]:
+    """Copies of records on this host that could not be put back when Redis had lost them."""
+    for path in mirror.aside():
+        yield suspect(
+            Severity.WARNING,
+            "copy_set_aside",
+            f"Redis has lost operation {path.stem}, and this host's copy of it was damaged or too old to be taken up",
+            where=str(path),
+            remedy=f"See in it what the operation did, and that its instance is well; then remove it: rm {path}",
+        )
 
 
 def clock(book: Journal) -> Suspect:

@@ -28,6 +28,8 @@ Phase = Literal["run", "undo"]
 Outcome = Literal["done", "retry", "failed"]
 Kept = Literal["held", "stop", "leave", "lost", "gone"]
 Committed = Literal["ok", "refused", "gone"]
+Waiter = tuple[str, str]
+"""A Celery task whose result is an operation's final record: its id, and the worker that took it."""
 Revived = Literal["put back", "completed", ""]
 
 TRIM_BATCH = 500
@@ -91,8 +93,17 @@ class Journal:
 
     # --- taking in -----------------------------------------------------------------------------------------------
 
-    def admit(self, operation_id: str, head: dict[str, Any], digest: str, stages: Stages, *, wait: bool) -> Admission:
-        """Write a new operation down and claim its instance."""
+    def admit(
+        self,
+        operation_id: str,
+        head: dict[str, Any],
+        digest: str,
+        stages: Stages,
+        *,
+        wait: bool,
+        waiter: Waiter | None = None,
+    ) -> Admission:
+        """Write a new operation down and claim its instance; `waiter` is told of its end."""
         instance = head["instance"]
         plan = [[step.as_dict() for step in stage] for stage in stages]
         outcome, detail = self._run(
@@ -103,12 +114,14 @@ class Journal:
                 keys.waiting(instance),
                 keys.ATTENTION,
                 keys.OPERATIONS,
+                keys.waiters(operation_id),
             ],
             operation_id,
             digest,
             get_settings().publish_grace,
             "1" if wait else "",
             _OPERATION_PREFIX,
+            " ".join(waiter or ()),
             *("schema", SCHEMA, "head", json.dumps(head), "plan", json.dumps(plan)),
         )
         return Admission(outcome, detail)
@@ -202,9 +215,12 @@ class Journal:
         with translated():
             return cast("list[str]", self.redis.zrangebyscore(keys.ATTENTION, "-inf", now, start=0, num=limit))
 
-    def look_in(self, operation_id: str, seconds: float) -> None:
-        """Have the reaper look at an operation that has not ended in `seconds` from now, or sooner if it must."""
-        self._run("look_in", [keys.ATTENTION], operation_id, seconds)
+    def look_in(self, operation_id: str, seconds: float, *, since: float) -> None:
+        """Have the reaper look at an operation that has not ended in `seconds` from now, or sooner if it must.
+
+        `since`: when the record was read that shows nothing to do; what has changed later is looked at.
+        """
+        self._run("look_in", [keys.ATTENTION], operation_id, seconds, since)
 
     def forget_attention(self, operation_id: str) -> None:
         """Nothing is left to look at."""
@@ -407,13 +423,13 @@ class Journal:
 
     # --- those who wait for the end ------------------------------------------------------------------------------
 
-    def wait_for(self, operation_id: str, task_id: str, worker: str) -> bool:
+    def wait_for(self, operation_id: str, waiter: Waiter) -> bool:
         """Let a Celery task's result be the final record; False when the operation has ended already."""
-        waiter = f"{task_id} {worker}"
-        return bool(self._run("wait_for", [keys.operation(operation_id), keys.waiters(operation_id)], waiter))
+        script_keys = [keys.operation(operation_id), keys.waiters(operation_id)]
+        return bool(self._run("wait_for", script_keys, " ".join(waiter)))
 
-    def waiters(self, operation_id: str) -> list[tuple[str, str]]:
-        """The Celery tasks to be answered: their ids, and the workers that took them."""
+    def waiters(self, operation_id: str) -> list[Waiter]:
+        """The Celery tasks to be answered."""
         with translated():
             waiting = cast("list[str]", self.redis.lrange(keys.waiters(operation_id), 0, -1))
         return [(task_id, worker) for task_id, _, worker in (one.partition(" ") for one in waiting)]

@@ -31,6 +31,8 @@ LOOK_EVERY = 2.0
 """Seconds between two looks, and that a record must be missing: a worker that runs one of its steps puts it back
 sooner, together with its lease."""
 
+ASIDE = ".set-aside"
+
 UNFINISHED = 5.0
 """Seconds after which a copy that is still being written is taken for one that its writer has left."""
 
@@ -106,7 +108,11 @@ class Mirror:
     def set_aside(self, operation_id: str) -> None:
         """Keep a copy that nothing can be done with for people to look at."""
         with contextlib.suppress(OSError):
-            self._path(operation_id).rename(self.folder / f"{operation_id}.set-aside")
+            self._path(operation_id).rename(self.folder / f"{operation_id}{ASIDE}")
+
+    def aside(self) -> list[Path]:
+        """The copies that were set aside."""
+        return sorted(self.folder.glob(f"*{ASIDE}"))
 
     def _path(self, operation_id: str) -> Path:
         return self.folder / f"{operation_id}.json"

@@ -16,7 +16,7 @@ from worker.app import app
 from worker.engine.advance import see_to
 from worker.engine.answers import answer
 from worker.engine.canvas import Canvas, stages_of
-from worker.engine.journal import journal
+from worker.engine.journal import Waiter, journal
 from worker.engine.kinds import Asked, Kind, Operation, add_kind, kind_for
 from worker.engine.patience import patiently
 from worker.engine.record import Record, State
@@ -67,7 +67,7 @@ def new_id() -> str:
     return f"op-{secrets.token_hex(6)}"
 
 
-def _admit(kind: Kind[Any], request: Request, operation_id: str) -> Record:
+def _admit(kind: Kind[Any], request: Request, operation_id: str, waiter: Waiter | None = None) -> Record:
     book = journal()
     asked = request.model_dump(mode="json", exclude=set(_OF_THE_CALL))
     digest = hashlib.sha256(json.dumps([kind.name, asked], sort_keys=True).encode()).hexdigest()
@@ -80,7 +80,7 @@ def _admit(kind: Kind[Any], request: Request, operation_id: str) -> Record:
             kind.build(Operation(operation_id, request, target.instance, target.uuid, target.host, target.details))
         )
         head = _head(kind, asked, target)
-        admission = book.admit(operation_id, head, digest, stages, wait=request.wait_if_busy)
+        admission = book.admit(operation_id, head, digest, stages, wait=request.wait_if_busy, waiter=waiter)
         if admission.outcome == "busy":
             raise InstanceBusy(
                 f"instance {target.instance!r} is owned by operation {admission.detail}",
@@ -143,11 +143,11 @@ def _admit_by_name(kind: Kind[Any], task: Any, arguments: dict[str, Any]) -> NoR
     try:
         request = _validated(kind, arguments, operation_id)
         # The message is gone from its queue: Redis being away is no reason to turn the request away.
-        record = patiently(_admit, kind, request, operation_id)
+        record = patiently(_admit, kind, request, operation_id, (task_id, worker))
     except FleetError as error:
         record = _turned_away(kind, operation_id, arguments, error)
     else:
-        if not record.state.final and patiently(journal().wait_for, record.id, task_id, worker):
+        if not record.state.final and patiently(journal().wait_for, record.id, (task_id, worker)):
             raise Ignore  # answered when the operation ends
         record = patiently(journal().read, record.id)
     patiently(answer, task_id, worker, record)

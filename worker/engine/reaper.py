@@ -92,7 +92,7 @@ class Reaper(threading.Thread):
             except Exception:
                 # One operation that cannot be handled must not hold the others up.
                 log.exception("cannot advance an operation", operation=operation_id)
-                self._book.look_in(operation_id, 30)
+                self._book.look_in(operation_id, 30, since=self._book.now())
             else:
                 if isinstance(decision, Publish | Undo | TurnBack | End):
                     self._book.count(f"reaper:{type(decision).__name__.lower()}")

@@ -3,5 +3,5 @@
 -- Returns '1' when it will be told, '' when the operation has ended already
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state or ENDED[state] then return '' end
-redis.call('RPUSH', KEYS[2], ARGV[1])
+if not redis.call('LPOS', KEYS[2], ARGV[1]) then redis.call('RPUSH', KEYS[2], ARGV[1]) end
 return '1'
