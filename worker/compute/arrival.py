@@ -247,8 +247,9 @@ def verify(
             publish(verified, folder.path / name)
         for beside in folder.path.glob(".*.part.*"):
             beside.unlink()
-        spec = departure.sizes.on(require_spec(instance))
-        disks.grow(folder, spec, ctx)
+        old = require_spec(instance)
+        spec = departure.sizes.on(old)
+        disks.grow(folder, spec, disks.kept(folder, old), ctx)
         if size_of(folder.spec):
             replace_json(folder.spec, {"spec": spec.model_dump(mode="json"), "operation": ctx.operation})
     release(instance.local.data, ctx.operation)

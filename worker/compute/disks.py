@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from worker.compute.provision import disk_target, ephemeral_disk, plain_disk
@@ -13,12 +14,13 @@ from worker.models import GIB, Disk, DiskSet, InstanceSpec
 
 def present(folder: InstanceDir, spec: InstanceSpec) -> DiskSet:
     """The disks that are there, with the roles and targets that `spec` gives them. Raises `CommandFailed`."""
-    disks = kept(folder, spec)
-    if spec.swap_mib:
-        disks.append(read(folder.swap, "swap", disk_target(len(disks))))
-    if folder.seed.exists():
-        disks.append(read(folder.seed, "seed", "vdz"))
-    return DiskSet(disks=tuple(disks))
+    return _with_others(folder, spec, kept(folder, spec))
+
+
+def _with_others(folder: InstanceDir, spec: InstanceSpec, data: list[Disk]) -> DiskSet:
+    swap = [read(folder.swap, "swap", disk_target(len(data)))] if spec.swap_mib else []
+    seed = [read(folder.seed, "seed", "vdz")] if folder.seed.exists() else []
+    return DiskSet(disks=(*data, *swap, *seed))
 
 
 def kept(folder: InstanceDir, spec: InstanceSpec) -> list[Disk]:
@@ -42,17 +44,24 @@ def read(path: Path, role: str = "root", target: str = "vda") -> Disk:
     return plain_disk(role, target, path, "qcow2", found.virtual_size).model_copy(update={"backing": backing})
 
 
-def grow(folder: InstanceDir, spec: InstanceSpec, ctx: Context) -> None:
-    """Make the disks of a stopped guest as large as `spec` says, and those that it adds. Never shrinks."""
-    if spec.disk_gib:
-        _grow(root(folder), spec.disk_gib * GIB, ctx)
+def grow(folder: InstanceDir, spec: InstanceSpec, found: Iterable[Disk], ctx: Context) -> DiskSet:
+    """Make the disks `found` of a stopped guest as large as `spec` says, and those that it adds; all of them then.
+
+    Never shrinks. The swap disk that `spec` wants must be there.
+    """
+    known = {disk.target: disk for disk in found if disk.role in ("root", "ephemeral")}
+    grown = [_grown(known[disk_target(0)], (spec.disk_gib or 0) * GIB, ctx)]
     for index, gib in enumerate(spec.ephemeral_gib):
         target = disk_target(index + 1)
         ephemeral_disk(folder, index, gib * GIB, target)
-        _grow(read(folder.ephemeral(index), "ephemeral", target), gib * GIB, ctx)
+        there = known.get(target) or read(folder.ephemeral(index), "ephemeral", target)
+        grown.append(_grown(there, gib * GIB, ctx))
+    return _with_others(folder, spec, grown)
 
 
-def _grow(disk: Disk, size: int, ctx: Context) -> None:
+def _grown(disk: Disk, size: int, ctx: Context) -> Disk:
+    if size <= disk.virtual_size:
+        return disk
     ctx.progress(0, None, f"growing {disk.path.name}")
-    if size > disk.virtual_size:
-        qemu_img.resize(disk.path, disk.format, size)
+    qemu_img.resize(disk.path, disk.format, size)
+    return disk.model_copy(update={"virtual_size": size})

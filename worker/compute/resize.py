@@ -124,12 +124,12 @@ def resize_disks(instance: LocalInstance, plan: Plan, ctx: Context) -> DiskSet:
         return DiskSet(disks=())
     ctx.undo("revert_resize", name=instance.name, uuid=instance.uuid)
     with _stopped(instance, ctx) as (folder, _, guest):
-        _remember(folder, guest, require_spec(instance), ctx)
-        spec = plan.after.on(require_spec(instance))
-        disks.grow(folder, spec, ctx)
+        old = require_spec(instance)
+        found, spec = disks.present(folder, old), plan.after.on(old)
+        _remember(folder, guest, old, found, ctx)
         if plan.before.swap_mib != plan.after.swap_mib and spec.swap_mib:
             make_swap(folder.swap, spec.swap_mib, ctx)
-        return disks.present(folder, spec)
+        return disks.grow(folder, spec, found.disks, ctx)
 
 
 def redefine(instance: LocalInstance, plan: Plan, resized: DiskSet, ctx: Context) -> None:
@@ -201,11 +201,11 @@ def _restore_disks(folder: InstanceDir, before: Before, ctx: Context) -> None:
         make_swap(folder.swap, before.spec.swap_mib, ctx)
 
 
-def _remember(folder: InstanceDir, guest: Guest, spec: InstanceSpec, ctx: Context) -> None:
+def _remember(folder: InstanceDir, guest: Guest, spec: InstanceSpec, found: DiskSet, ctx: Context) -> None:
     known = _remembered(folder)
     if known is not None and known.operation == ctx.operation:
         return
-    sizes = {disk.path.name: disk.virtual_size for disk in disks.present(folder, spec).disks}
+    sizes = {disk.path.name: disk.virtual_size for disk in found.disks}
     before = Before(operation=ctx.operation, xml=guest.xml(inactive=True), spec=spec, disks=sizes)
     write_text_durably(folder.before_resize, before.model_dump_json(), 0o600)
 
