@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.lab.redis import Redis
 from worker.engine import keys
 from worker.engine.connection import connect
 from worker.engine.journal import Admission, Journal, Lease, Phase
+from worker.engine.mirror import Copy, Mirror, MirrorWatch
 from worker.engine.patience import patiently
 from worker.engine.record import Record, State, StepPlan, StepState, UndoEntry
 from worker.errors import BrokerUnavailable, OperationNotFound, RecordUnreadable
@@ -655,6 +657,32 @@ def test_the_executor_of_a_held_record_has_it_go_on(journal: Journal) -> None:
     assert journal.read("op").held is None
     done(journal, lease)
     assert take(journal, "boot").fence > lease.fence
+
+
+def test_what_has_ended_does_not_begin_again_from_the_copy_of_a_host_that_had_not_heard(
+    journal: Journal, tmp_path: Path
+) -> None:
+    stages = (*CHAIN, (StepPlan("settle", "settle", "h2", "control"),))
+    admit(journal, "op", stages=stages)
+    here, there = Mirror(tmp_path / "h1"), Mirror(tmp_path / "h2")
+    done(journal, take(journal))
+    here.keep(Copy("op", *journal.dump("op")))
+    done(journal, take(journal, "boot"))
+    done(journal, take(journal, "settle"))
+    there.keep(Copy("op", *journal.dump("op")))
+    record = journal.read("op")
+    journal.conclude(record, State.SUCCEEDED)
+    there.close("op", State.SUCCEEDED, record.hosts)
+    journal.redis.flushall()
+
+    behind, aware = MirrorWatch(here), MirrorWatch(there)
+    wait_until(lambda: not behind.look(), 10, "the older copy is put back")
+    assert refusal(journal, "boot") == "early"
+    aware.look()
+    assert journal.read("op").state is State.SUCCEEDED
+    assert (journal.held(), owner(journal), attention(journal)) == ([], None, None)
+    behind.look()
+    assert list(here.copies()) == []
 
 
 def test_a_claim_that_was_lost_alone_is_taken_again(journal: Journal) -> None:

@@ -133,7 +133,7 @@ def _end(book: Journal, record: Record, state: State) -> None:
     first, heir = book.conclude(record, state)
     if first:
         log.info("ended", operation=record.id, kind=record.kind, instance=record.instance, state=state.value)
-    Mirror().drop(record.id)
+    Mirror().close(record.id, state, record.hosts)
     _tell(book, record.id)
     if heir:
         advance(heir, prompt=True)

@@ -324,6 +324,7 @@ class Journal:
                     keys.FENCE,
                     keys.lease(lease.operation, lease.step),
                     keys.waiting(head["instance"]),
+                    keys.HELD,
                 ],
                 *(lease.operation, lease.step, lease.token, lease.fence, _ttl_ms()),
                 *(fields["submitted_at"], _OPERATION_PREFIX, len(undo), *undo, *pairs),
@@ -344,6 +345,7 @@ class Journal:
                 keys.OPERATIONS,
                 keys.FENCE,
                 keys.waiting(instance),
+                keys.HELD,
             ],
             *(operation_id, fence, fields["submitted_at"], _OPERATION_PREFIX, len(undo), *undo, *pairs),
         )
@@ -352,7 +354,15 @@ class Journal:
     def let_go(self, operation_id: str) -> None:
         """Have an operation go on that was held since it was put back."""
         with translated():
-            self.redis.hdel(keys.operation(operation_id), "held")
+            pipe = self.redis.pipeline(transaction=True)
+            pipe.hdel(keys.operation(operation_id), "held")
+            pipe.srem(keys.HELD, operation_id)
+            pipe.execute()
+
+    def held(self) -> list[str]:
+        """Ids of the operations that were put back and wait for what their other hosts know."""
+        with translated():
+            return sorted(cast("set[str]", self.redis.smembers(keys.HELD)))
 
     # --- turning back and ending ---------------------------------------------------------------------------------
 
@@ -400,6 +410,7 @@ class Journal:
                 keys.undo(record.id),
                 keys.waiters(record.id),
                 keys.STUCK,
+                keys.HELD,
             ],
             *(record.id, state, keep, _OPERATION_PREFIX),
         )

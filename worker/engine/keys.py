@@ -14,6 +14,10 @@ ATTENTION = f"{PREFIX}:attention"
 """ZSET, kept: id of each operation that has not ended → when the reaper must look at it next. Every change of an
 operation sets it, so a look costs nothing for operations that go well, however many there are."""
 
+HELD = f"{PREFIX}:held"
+"""SET, kept: ids of operations that Redis had lost and a host has put back, until each of their hosts has been heard.
+Written as records are put back, emptied as they go on or end, read by every host that may know how one ended."""
+
 STUCK = f"{PREFIX}:stuck"
 """ZSET, kept: id of each operation that could not be undone → when it got stuck. Written as operations end, emptied by
 retrying their undo, read by listings and metrics."""

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ LOOK_EVERY = 2.0
 sooner, together with its lease."""
 
 ASIDE = ".set-aside"
+ENDED = ".ended"
 
 UNFINISHED = 5.0
 """Seconds after which a copy that is still being written is taken for one that its writer has left."""
@@ -48,6 +49,11 @@ class Copy:
     """Seconds since it was written."""
 
     @property
+    def hosts(self) -> frozenset[str]:
+        """The hosts that its plan names."""
+        return frozenset(step["host"] for stage in json.loads(self.fields["plan"]) for step in stage)
+
+    @property
     def fence(self) -> int:
         """The highest fence that any of its steps has had."""
         return max((int(value) for name, value in self.fields.items() if name.endswith(":fence")), default=0)
@@ -61,29 +67,50 @@ class Mirror:
 
     def keep(self, copy: Copy) -> None:
         """Keep or renew a copy; a host whose disk is full keeps none and goes on."""
-        content = json.dumps({"fields": copy.fields, "undo": copy.undo})
-        path = self._path(copy.operation)
-        unfinished = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(self._path(copy.operation), json.dumps({"fields": copy.fields, "undo": copy.undo}))
+        except OSError as error:
+            log.warning("cannot keep a copy of the record", operation=copy.operation, error=str(error))
+
+    def _write(self, path: Path, content: str) -> None:
+        unfinished = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
             unfinished.touch(mode=0o600)  # requests may hold secrets
             unfinished.write_text(content)
             unfinished.rename(path)
-        except OSError as error:
+        finally:
             unfinished.unlink(missing_ok=True)
-            log.warning("cannot keep a copy of the record", operation=copy.operation, error=str(error))
 
     def sweep(self) -> None:
-        """Remove what workers that died had begun to write; who writes that slowly keeps no copy, and goes on."""
-        for path in self.folder.glob("*.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > UNFINISHED:
-                    path.unlink()
+        """Remove what workers that died had begun to write; who writes that slowly keeps no copy, and goes on.
+
+        And what is noted of operations so old that no host would take them up any more.
+        """
+        for pattern, age in (("*.tmp", UNFINISHED), (f"*{ENDED}", get_settings().keep_records)):
+            for path in self.folder.glob(pattern):
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > age:
+                        path.unlink()
+
+    def close(self, operation_id: str, state: State, hosts: Set[str]) -> None:
+        """Forget an operation that has ended; of one of several hosts keep how: another one may have an older copy."""
+        if len(hosts) > 1 and self.folder.exists():
+            with contextlib.suppress(OSError):
+                self._write(self._ended(operation_id), state)
+        self.drop(operation_id)
 
     def drop(self, operation_id: str) -> None:
-        """Forget an operation that has ended. A client that ends one has no copies, or may not touch the host's."""
+        """Forget an operation. A client that ends one has no copies, or may not touch the host's."""
         with contextlib.suppress(OSError):
             self._path(operation_id).unlink(missing_ok=True)
+
+    def ended(self, operation_id: str) -> State | None:
+        """How an operation of several hosts has ended, if that is known here."""
+        try:
+            return State(self._ended(operation_id).read_text())
+        except (OSError, ValueError):
+            return None
 
     def copies(self) -> Iterator[Copy]:
         """All copies; one that cannot be read is set aside."""
@@ -116,6 +143,9 @@ class Mirror:
 
     def _path(self, operation_id: str) -> Path:
         return self.folder / f"{operation_id}.json"
+
+    def _ended(self, operation_id: str) -> Path:
+        return self.folder / f"{operation_id}{ENDED}"
 
 
 class MirrorWatch(threading.Thread):
@@ -163,10 +193,20 @@ class MirrorWatch(threading.Thread):
             for copy in copies:
                 state = states[copy.operation]
                 if state is not None and state.final:
-                    self._mirror.drop(copy.operation)
+                    self._mirror.close(copy.operation, state, copy.hosts)
                 elif state is not None or now - self._missing[copy.operation] >= LOOK_EVERY:
                     self._put_back(copy)
+            for operation in self._book.held():
+                self._end(operation)
             return bool(self._missing)
+
+    def _end(self, operation: str) -> None:
+        """End what another host has put back from a copy older than the end that this one knows of."""
+        state = self._mirror.ended(operation)
+        record = self._book.find(operation) if state else None
+        if state and record:
+            log.warning("put back by another host, but it had ended", operation=operation, state=state.value)
+            self._book.conclude(record, state)
 
     def _put_back(self, copy: Copy) -> None:
         try:
@@ -177,7 +217,7 @@ class MirrorWatch(threading.Thread):
             log.exception("cannot put a record back", operation=copy.operation)
 
     def _restore(self, copy: Copy) -> None:
-        if State(copy.fields["state"]).final:
+        if State(copy.fields["state"]).final or self._mirror.ended(copy.operation):
             self._mirror.drop(copy.operation)
         elif copy.age > get_settings().keep_records:
             # It may have ended since, elsewhere, so long ago that its record has expired.

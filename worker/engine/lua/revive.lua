@@ -1,6 +1,6 @@
 -- Put a record back that Redis has lost, from a host's copy. Nobody executes it. It is held until every host that may
 -- have a later copy has had time to add what that knows; then the reaper sees to what is next.
--- KEYS: 1 operation, 2 claim, 3 undo, 4 ATTENTION, 5 OPERATIONS, 6 FENCE, 7 waiting
+-- KEYS: 1 operation, 2 claim, 3 undo, 4 ATTENTION, 5 OPERATIONS, 6 FENCE, 7 waiting, 8 HELD
 -- ARGV: 1 id, 2 highest fence it knew, 3 submitted_at, 4 key prefix of operations,
 --       5 number of undo entries, entries.., field, value, ...
 -- Returns 'put back' | 'completed' where the copy knew something later | ''
@@ -13,6 +13,7 @@ local done = 'completed'
 if is_lost(KEYS[1]) then
   put_back(KEYS[1], KEYS[3], entries, fields)
   redis.call('HSET', KEYS[1], 'held', string.format('%.6f', seconds()))
+  redis.call('SADD', KEYS[8], ARGV[1])
   done = 'put back'
 elseif redis.call('HEXISTS', KEYS[1], 'held') == 0 or not learn(KEYS[1], KEYS[3], entries, fields) then
   return ''
