@@ -136,6 +136,8 @@ def lend(local: LocalHost, paths: Collection[Path], how: Copying, is_over: Calla
     """
     if how.nbd is None:
         raise InternalError("files are lent over NBD only")
+    if is_over():
+        return
     settings, link = local.settings, how.nbd
     files = {link.export_of(path, local.data.root): path for path in paths}
     watch = _UntilOver(ctx, is_over)
