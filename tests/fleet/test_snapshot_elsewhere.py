@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tests.fleet.instances import TELL_AND_MARK, Lab, domains, lab_of
-from tests.fleet.moves import DATA_MIB, FORCE, MIB, cancel, ended, forget_all, idle, kill_workers, leftovers, step
+from tests.fleet.moves import DATA_MIB, MIB, cancel, ended, forget_all, idle, kill_workers, leftovers, step
 from tests.fleet.parts import idle_image, image_info, qemu_img, snapshots
 from tests.lab import LabHost, lab_folder, wait_until
 
@@ -27,6 +28,7 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     with pytest.MonkeyPatch.context() as environment, lab_folder() as folder:
         environment.setenv("VIRTFLEET_COPY_TRANSPORT", request.param)
         environment.setenv("VIRTFLEET_COPY_BANDWIDTH_MIB", str(BANDWIDTH_MIB))
+        environment.setenv("VIRTFLEET_LEASE_TTL", "5")
         with lab_of(folder, "hosta", "hostb", networked=True) as lab:
             for host in lab.fleet.hosts.values():
                 idle_image(host.images / "idle.qcow2")
@@ -110,14 +112,22 @@ def arrived(lab: Lab) -> int:
 def test_it_goes_on_where_a_killed_worker_left_off(lab: Lab, name: str, taken: str) -> None:
     before = received(lab.fleet.hosts["hosta"])
     operation = begin(lab, name, taken)
-    progress = lab.field(operation, "step:fetch_image:progress")
+    wait_until(lambda: progress(lab, operation).get("done", 0) > 0, 10, "bytes are shown")
+    told = progress(lab, operation)
     kill_workers(lab, "hostb", operation)
     record = ended(lab, operation)
     assert record["state"] == "succeeded", record["error"]
-    assert f"/{DATA_MIB}" in progress
+    assert told["done"] < DATA_MIB * MIB < told["total"] < 1.1 * DATA_MIB * MIB
     assert received(lab.fleet.hosts["hosta"]) - before < 1.2 * DATA_MIB * MIB
     assert domains(lab.fleet.hosts["hostb"]) == {f"{name}-b": True}
     holds_what(lab, record, taken)
+
+
+def progress(lab: Lab, operation: str) -> dict[str, Any]:
+    """What is shown of the fetch."""
+    with lab.fleet.redis.client() as client:
+        told = cast("str | None", client.hget(f"virtfleet:op:{operation}:progress", "fetch_image"))
+    return cast("dict[str, Any]", json.loads(told or "{}"))
 
 
 def test_cancelled_it_leaves_nothing(lab: Lab, name: str, taken: str) -> None:
