@@ -111,7 +111,9 @@ class _RootDisk(Source):
             target.hardlink_to(files[0])  # renamed, it would be fetched again by who takes over from a dead worker
         else:
             qemu_img.flatten(files, target, watch=watch, stall=limits.stall)
-        return SourceRecord(source=self.name, sha256=sha256_of(target), fetched_at=time.time(), etag=self._version)
+        return SourceRecord(
+            source=self.name, sha256=sha256_of(target, watch), fetched_at=time.time(), etag=self._version
+        )
 
     def _layer(self, number: int, watch: Watcher) -> Path:
         """One of its files, as its checksum says that it is."""
