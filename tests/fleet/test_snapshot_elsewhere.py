@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ BANDWIDTH_MIB = 16
 GOES_ON_WRITING = """
 (n=0; while n=$((n+1)); do printf %012d $n | dd of=/dev/vda bs=1M seek=80 conv=notrunc; sync; sleep 0.1; done) &
 """
-_names = (f"twin-{number}" for number in itertools.count(1))
 
 
 @pytest.fixture(scope="module", params=["ssh", pytest.param("nbd", marks=pytest.mark.thorough)])
@@ -42,11 +40,6 @@ def nothing_remains(lab: Lab) -> Iterator[None]:
     for one in reversed(snapshots(lab.fleet.hosts["hosta"])):
         lab.done("snapshot_delete", snapshot=one.id)
     forget_all(lab)
-
-
-@pytest.fixture
-def name() -> str:
-    return next(_names)
 
 
 @pytest.fixture
@@ -128,6 +121,16 @@ def progress(lab: Lab, operation: str) -> dict[str, Any]:
     with lab.fleet.redis.client() as client:
         told = cast("str | None", client.hget(f"virtfleet:op:{operation}:progress", "fetch_image"))
     return cast("dict[str, Any]", json.loads(told or "{}"))
+
+
+def test_two_spawns_at_once_fetch_it_once(lab: Lab, name: str, taken: str) -> None:
+    before = received(lab.fleet.hosts["hosta"])
+    wanted: dict[str, Any] = {"host": "hostb", "image": f"snapshot:{taken}", "memory_mib": 64}
+    sent = [lab.scheduler.send("spawn", name=f"{name}-{number}", **wanted) for number in range(2)]
+    for record in [one.get(timeout=120) for one in sent]:
+        assert record["state"] == "succeeded", record["error"]
+        holds_what(lab, record, taken)
+    assert received(lab.fleet.hosts["hosta"]) - before < 1.2 * DATA_MIB * MIB
 
 
 def test_cancelled_it_leaves_nothing(lab: Lab, name: str, taken: str) -> None:
