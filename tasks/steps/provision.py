@@ -44,7 +44,9 @@ def _elsewhere(ctx: StepContext) -> Elsewhere:
 
 
 def _how(ctx: StepContext) -> Copying:
-    return cargo.copying(local_host(ctx), ctx.record.details["transport"], ctx.operation)
+    # Not by operation: of several on one host one fetches and the others wait, whose lenders may have all the slots.
+    session = f"{_elsewhere(ctx).id}@{ctx.record.host}"
+    return cargo.copying(local_host(ctx), ctx.record.details["transport"], session)
 
 
 @step("create_disks", queue="disk")

@@ -123,10 +123,10 @@ def progress(lab: Lab, operation: str) -> dict[str, Any]:
     return cast("dict[str, Any]", json.loads(told or "{}"))
 
 
-def test_two_spawns_at_once_fetch_it_once(lab: Lab, name: str, taken: str) -> None:
+def test_three_spawns_at_once_fetch_it_once(lab: Lab, name: str, taken: str) -> None:
     before = received(lab.fleet.hosts["hosta"])
     wanted: dict[str, Any] = {"host": "hostb", "image": f"snapshot:{taken}", "memory_mib": 64}
-    sent = [lab.scheduler.send("spawn", name=f"{name}-{number}", **wanted) for number in range(2)]
+    sent = [lab.scheduler.send("spawn", name=f"{name}-{number}", **wanted) for number in range(3)]
     for record in [one.get(timeout=120) for one in sent]:
         assert record["state"] == "succeeded", record["error"]
         holds_what(lab, record, taken)
