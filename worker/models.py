@@ -341,8 +341,25 @@ class Snapshot(Moment):
     disks: tuple[SnapshotDisk, ...]
 
 
+class RootFile(Frozen):
+    """The file of a snapshot's root disk: where it lies below its host's data directory, and its sizes in bytes.
+
+    `backing` is the snapshot that holds what did not change since, `checksum` as in `SnapshotDisk`.
+    """
+
+    path: Path
+    format: DiskFormat
+    size: int
+    allocated: int
+    checksum: Sha256
+    backing: str | None
+
+
 class SnapshotEntry(Frozen):
-    """An entry of the registry: which snapshot lies where. Sizes in bytes, all disks together."""
+    """An entry of the registry: which snapshot lies where. Sizes in bytes, all disks together.
+
+    `root` is None where the snapshot was taken without the root disk.
+    """
 
     id: str
     instance: str
@@ -353,6 +370,7 @@ class SnapshotEntry(Frozen):
     consistency: Consistency
     parent: str | None
     disks: tuple[str, ...]
+    root: RootFile | None = None
     virtual_size: int
     actual_size: int
     updated_at: float = 0.0

@@ -84,7 +84,7 @@ class Settings(BaseSettings):
     ssh_port: int = Field(22, ge=1, le=65535, description="Port of ssh on other hosts.")
     ssh_key: Path | None = Field(None, description="Private key for copies. Default: those of the worker's user.")
     ssh_known_hosts: Path | None = Field(None, description="Keys of the other hosts. Default: ssh's own files.")
-    copy_transport: Transport = Field("ssh", description="How migrations copy disks where a request does not say.")
+    copy_transport: Transport = Field("ssh", description="How disks travel between hosts where a request does not say.")
     nbd_ports: Annotated[str, AfterValidator(_checked_ports)] = Field(
         "10809-10840", description="TCP ports for copies over NBD; the same on all hosts."
     )

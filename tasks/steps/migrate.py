@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from tasks.steps.lending import LEND_RETRIES, are_fetched
 from tasks.steps.local import local_host, local_instance, register
 from tasks.steps.power import shut_down_for
 from worker.compute import arrival, cargo, departure, provision
@@ -13,12 +14,10 @@ from worker.compute.departure import Departure, Handover
 from worker.compute.local import LocalInstance
 from worker.compute.power import PowerChange
 from worker.compute.resize import RUNS
-from worker.engine.journal import journal
 from worker.engine.record import StepState
 from worker.engine.step import Retries, step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
-from worker.errors import BrokerUnavailable
 from worker.images.remote import Copying
 from worker.models import Frozen, Instance
 
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
 
 COPY_RETRIES = Retries(attempts=30, first_pause=2.0, longest_pause=30.0)
 """A cut cable is waited for about a quarter of an hour; what has arrived is kept meanwhile."""
-
-LEND_RETRIES = Retries(attempts=10_000, first_pause=1.0, longest_pause=5.0)
-"""Who has no slot to lend in looks again every few seconds: those who fetch say when it takes too long."""
 
 FINISH_RETRIES = Retries(attempts=100, first_pause=2.0, longest_pause=60.0)
 """What is not undone any more is tried for an hour and a half."""
@@ -81,17 +77,7 @@ def lend(ctx: StepContext, request: MigrateRequest) -> None:
         paths = [local.data.instance(ctx.uuid).spec, *([local.data.images / leaving.base] if leaving.base else [])]
     else:
         paths = [root / part.path for part in ctx.result(prepare_source).parts.values()]
-    cargo.lend(local, [path for path in paths if path.exists()], _how(ctx, request), partial(_are_fetched, ctx), ctx)
-
-
-def _are_fetched(ctx: StepContext) -> bool:
-    """Whether all the steps on the other host are done that run beside this one."""
-    beside = next(stage for stage in ctx.record.stages if ctx.plan in stage)
-    try:
-        steps = journal().read(ctx.operation).steps
-    except BrokerUnavailable:
-        return False
-    return all(steps[plan.key].state is StepState.DONE for plan in beside if plan.host != ctx.host)
+    cargo.lend(local, [path for path in paths if path.exists()], _how(ctx, request), partial(are_fetched, ctx), ctx)
 
 
 @step("shut_down_source", queue="control")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+from tasks.steps.lending import LEND_RETRIES, are_fetched
 from tasks.steps.local import local_host, local_instance, register
-from worker.compute import provision
+from worker.compute import cargo, provision
 from worker.compute.local import LocalInstance
+from worker.compute.snapshots import elsewhere
+from worker.compute.snapshots.elsewhere import Elsewhere, Link
 from worker.engine.patience import patiently
 from worker.engine.step import step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
+from worker.images.remote import Copying
 from worker.models import BaseImage, Disk, DiskSet, Instance, PowerState
 
 if TYPE_CHECKING:
@@ -20,8 +25,28 @@ if TYPE_CHECKING:
 @step("fetch_image", queue="disk")
 def fetch_image(ctx: StepContext, request: SpawnRequest) -> BaseImage:
     """Check what the request needs of this host, then bring its image into the host's cache."""
-    provision.check_request(local_instance(ctx), request.spec())
-    return provision.fetch_image(local_host(ctx), request.spec(), ctx)
+    local, spec = local_host(ctx), request.spec()
+    provision.check_request(local_instance(ctx), spec)
+    if "snapshot" not in ctx.record.details:
+        return provision.fetch_image(local, spec, ctx)
+    there = _elsewhere(ctx)
+    return elsewhere.fetch(local, spec, there, Link(ctx.registry.peer(there.host), _how(ctx)), ctx)
+
+
+@step("lend_snapshot", queue="control", retries=LEND_RETRIES)
+def lend_snapshot(ctx: StepContext, request: SpawnRequest) -> None:  # noqa: ARG001
+    """Lend the snapshot that another host makes an instance of, while that fetches it over NBD."""
+    elsewhere.lend(local_host(ctx), _elsewhere(ctx), _how(ctx), partial(are_fetched, ctx), ctx)
+
+
+def _elsewhere(ctx: StepContext) -> Elsewhere:
+    return Elsewhere.model_validate(ctx.record.details["snapshot"])
+
+
+def _how(ctx: StepContext) -> Copying:
+    # Not by operation: of several on one host one fetches and the others wait, whose lenders may have all the slots.
+    session = f"{_elsewhere(ctx).id}@{ctx.record.host}"
+    return cargo.copying(local_host(ctx), ctx.record.details["transport"], session)
 
 
 @step("create_disks", queue="disk")
@@ -50,6 +75,12 @@ def wait_ready(ctx: StepContext, request: SpawnRequest) -> Instance:
     """Wait until the guest is as far as the request wants it."""
     power = provision.wait_ready(local_instance(ctx), request.readiness(), ctx)
     return register(ctx, power, request.spec())
+
+
+@undoes("discard_fetched")
+def undo_fetch(ctx: StepContext, key: str) -> None:
+    """Remove what has arrived of a snapshot from another host."""
+    elsewhere.discard(local_host(ctx), key, ctx)
 
 
 @undoes("remove_files")

@@ -68,7 +68,8 @@ def restore_power(ctx: StepContext, request: SnapshotRequest) -> PowerState:  # 
 @step("publish_snapshot", queue="disk")
 def publish_snapshot(ctx: StepContext, request: SnapshotRequest) -> SnapshotEntry:  # noqa: ARG001
     """Verify the files and let the snapshot appear as a whole."""
-    entry = entry_of(extract.publish(local_instance(ctx), ctx.result(extract_snapshot), ctx))
+    published = extract.publish(local_instance(ctx), ctx.result(extract_snapshot), ctx)
+    entry = entry_of(local_host(ctx).data, published)
     ctx.registry.put_snapshot(entry)
     return entry
 

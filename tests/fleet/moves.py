@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.fleet.instances import Lab, domains
 from tests.lab import wait_until
@@ -15,6 +18,13 @@ MIB = 1024**2
 DATA_MIB = 48
 FORCE = {"timeout": 0}
 """No guest of these tests listens to a power button."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_remains(lab: Lab) -> Iterator[None]:
+    """After each test no host has anything left of its instances."""
+    yield
+    forget_all(lab)
 
 
 def forget_all(lab: Lab) -> None:

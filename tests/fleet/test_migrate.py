@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -18,13 +17,13 @@ from tests.fleet.moves import (
     contents,
     disks,
     ended,
-    forget_all,
     idle,
     kill_all_workers,
     kill_libvirtd,
     kill_redis,
     kill_workers,
     leftovers,
+    nothing_remains,  # noqa: F401 - after each test
     runs_at_home_as_before,
     step,
     unmarked,
@@ -37,7 +36,6 @@ from worker.images.files import available_space
 from worker.images.reserve import Ledger
 
 HOSTS = ("hosta", "hostb")
-_names = (f"mover-{number}" for number in itertools.count(1))
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +44,6 @@ def lab() -> Iterator[Lab]:
         for host in lab.fleet.hosts.values():
             idle_image(host.images / "idle.qcow2")
         yield lab
-
-
-@pytest.fixture(autouse=True)
-def nothing_remains(lab: Lab) -> Iterator[None]:
-    """After each test no host has anything left of its instances."""
-    yield
-    forget_all(lab)
-
-
-@pytest.fixture
-def name() -> str:
-    return next(_names)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import time
@@ -22,11 +21,11 @@ from tests.fleet.moves import (
     contents,
     disks,
     ended,
-    forget_all,
     idle,
     kill_libvirtd,
     kill_workers,
     leftovers,
+    nothing_remains,  # noqa: F401 - after each test
     runs_at_home_as_before,
     step,
 )
@@ -38,7 +37,6 @@ pytestmark = pytest.mark.thorough
 HOSTS = ("hosta", "hostb", "hostc")
 NBD = {"transport": "nbd"}
 SMALL_MIB = 700
-_names = (f"goer-{number}" for number in itertools.count(1))
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +59,6 @@ def lab() -> Iterator[Lab]:
                 subprocess.run(["umount", "-l", str(small)], check=True)
         finally:
             subprocess.run(["umount", "-l", str(small)], check=False, capture_output=True)
-
-
-@pytest.fixture(autouse=True)
-def nothing_remains(lab: Lab) -> Iterator[None]:
-    """After each test no host has anything left of its instances."""
-    yield
-    forget_all(lab)
-
-
-@pytest.fixture
-def name() -> str:
-    return next(_names)
 
 
 @pytest.mark.parametrize("root", ["overlay", "copy", "raw"])
@@ -276,8 +262,8 @@ def test_from_host_to_host_to_host_and_home_again(lab: Lab, name: str) -> None:
         assert contents(lab.folder(to, uuid)) == before
 
 
-def test_several_moves_at_once_keep_to_the_slots(lab: Lab) -> None:
-    names = [next(_names) for _ in range(3)]
+def test_several_moves_at_once_keep_to_the_slots(lab: Lab, name: str) -> None:
+    names = [f"{name}-{number}" for number in range(3)]
     uuids = {name: idle(lab, name) for name in names}
     before = {name: contents(lab.folder("hosta", uuid)) for name, uuid in uuids.items()}
     targets = dict(zip(names, ("hostb", "hostc", "hostb"), strict=True))
@@ -289,8 +275,8 @@ def test_several_moves_at_once_keep_to_the_slots(lab: Lab) -> None:
     records = [ended(lab, operation) for operation in operations]
     assert [record["error"] for record in records] == [None] * 3
     assert 1 <= most <= 2
-    for name, to in targets.items():
-        assert contents(lab.folder(to, uuids[name])) == before[name]
+    for goer, to in targets.items():
+        assert contents(lab.folder(to, uuids[goer])) == before[goer]
 
 
 def sending(lab: Lab) -> int:

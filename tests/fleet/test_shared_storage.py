@@ -1,4 +1,4 @@
-"""A move between hosts that have the same storage: nothing is copied, and there is never a second copy to lose."""
+"""Hosts that have the same storage: nothing is copied between them, and there is never a second copy to lose."""
 
 from __future__ import annotations
 
@@ -91,3 +91,17 @@ def test_new_sizes_are_refused_before_anything_is_touched(lab: Lab) -> None:
     record = lab.call("migrate", instance="resized", to="hostb", vcpus=2, **FORCE)
     assert record["error"]["code"] == "invalid_spec"
     assert where(lab, "resized") == {"hosta": True, "hostb": None}
+
+
+def test_a_snapshot_that_both_see_is_read_where_it_lies(lab: Lab) -> None:
+    spawned(lab, "original")
+    lab.done("snapshot", instance="original", operation_id="seen-by-both", disks=["vda"])
+    cable = lab.fleet.hosts["hosta"].cable
+    assert cable
+    cable.cut()
+    try:
+        lab.done("spawn", name="twin", host="hostb", image="snapshot:seen-by-both", memory_mib=64)
+    finally:
+        cable.plug()
+    assert where(lab, "twin") == {"hosta": None, "hostb": True}
+    lab.done("snapshot_delete", snapshot="seen-by-both")

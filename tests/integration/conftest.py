@@ -1,4 +1,4 @@
-"""Workers of the engine with trivial steps, on a Redis that tests may take down."""
+"""Workers of the engine with trivial steps, on a Redis that tests may take down; a host that has files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ import pytest
 
 from tests.conftest import settings
 from tests.integration.engine_tasks import HOST, Asked
+from tests.lab import LabHost
 from tests.lab.process import Keeper, LabError, Process, lab_folder, tail, wait_until
 from tests.lab.redis import Redis
 from worker.engine.journal import Journal, journal
 from worker.engine.operation import submit
 from worker.engine.record import Record, StepState
 from worker.engine.registry import WorkerKind, registry
+from worker.models import Peer
 
 PATIENCE = 90.0
 """Seconds: Celery's consumer may take most of a minute to notice that its connection died with a Redis."""
@@ -164,3 +166,17 @@ def fleet(engine_fleet: EngineFleet) -> Iterator[EngineFleet]:
 @pytest.fixture
 def events(tmp_path: Path) -> Events:
     return Events(tmp_path / "events")
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[LabHost]:
+    """A host at the end of a cable, from which others fetch files."""
+    with lab_folder() as folder, LabHost("hosta", folder, networked=True) as host:
+        yield host
+
+
+@pytest.fixture
+def peer(host: LabHost) -> Peer:
+    """That host as who fetches from it sees it."""
+    assert host.cable
+    return Peer(name="hosta", address=host.cable.address, data_dir=host.data, copies_out=1)

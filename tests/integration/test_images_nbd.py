@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import LabHost, lab_folder, wait_until
+from tests.lab import LabHost, wait_until
 from tests.lab.pki import Authority
 from worker.context import Alone
 from worker.errors import Cancelled, ConnectionMisconfigured, TransferInterrupted
@@ -23,18 +23,6 @@ from worker.models import Peer
 
 MIB = 1024**2
 PORTS = range(10809, 10813)
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[LabHost]:
-    with lab_folder() as folder, LabHost("hosta", folder, networked=True) as host:
-        yield host
-
-
-@pytest.fixture
-def peer(host: LabHost) -> Peer:
-    assert host.cable
-    return Peer(name="hosta", address=host.cable.address, data_dir=host.data, copies_out=1)
 
 
 @pytest.fixture

@@ -5,14 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.lab import LabHost, lab_folder, wait_until
+from tests.lab import LabHost, wait_until
 from worker.context import Alone
 from worker.errors import Cancelled, CommandFailed, ConnectionMisconfigured, TransferInterrupted
 from worker.images import remote
@@ -20,18 +19,6 @@ from worker.images.digest import content_digest
 from worker.models import Peer
 
 MIB = 1024**2
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[LabHost]:
-    with lab_folder() as folder, LabHost("hosta", folder, networked=True) as host:
-        yield host
-
-
-@pytest.fixture
-def peer(host: LabHost) -> Peer:
-    assert host.cable
-    return Peer(name="hosta", address=host.cable.address, data_dir=host.data, copies_out=1)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def copying(
 ) -> Copying:
     """How this host copies, by its settings; `bandwidth_mib` MiB per second at the most, if that is less.
 
-    `session` sets what an operation lends over NBD apart from what others do.
+    `session` sets what is lent over NBD for one purpose, such as an operation, apart from the rest.
     """
     chosen = local.settings
     limits = [limit for limit in (chosen.copy_bandwidth_mib, bandwidth_mib) if limit]
@@ -136,6 +136,8 @@ def lend(local: LocalHost, paths: Collection[Path], how: Copying, is_over: Calla
     """
     if how.nbd is None:
         raise InternalError("files are lent over NBD only")
+    if is_over():
+        return
     settings, link = local.settings, how.nbd
     files = {link.export_of(path, local.data.root): path for path in paths}
     watch = _UntilOver(ctx, is_over)

@@ -45,7 +45,7 @@ def instances(local: LocalHost, host: Host) -> list[Instance]:
 def snapshots(local: LocalHost) -> list[SnapshotEntry]:
     """The snapshots published on this host, by their manifests."""
     # One that was copied here, or lies on shared storage, is where it can be used: here.
-    return [entry_of(one).model_copy(update={"host": local.name}) for one in published_on(local.data)]
+    return [entry_of(local.data, one).model_copy(update={"host": local.name}) for one in published_on(local.data)]
 
 
 def _instance(local: LocalHost, guest: Guest) -> Instance | None:

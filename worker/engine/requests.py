@@ -18,8 +18,13 @@ NAMESPACE = UUID("6f1d2a34-63c5-4d8e-9a0b-76697274666c")
 Redis has forgotten everything in between."""
 
 
+def is_operation_id(value: str) -> bool:
+    """Whether operations, and so snapshots, may be called that."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value))
+
+
 def _checked_id(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+    if not is_operation_id(value):
         raise ValueError("allowed: 1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit")
     return value
 

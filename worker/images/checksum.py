@@ -52,10 +52,15 @@ def checksum_of(path: Path) -> str:
     return seal([path], Alone())[path]
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of one file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, watch: Watcher) -> str:
+    """The sha256 of one file; progress in bytes."""
+    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_READ):
+            digest.update(chunk)
+            done += len(chunk)
+            watch.progress(done, total, "verifying")
+    return digest.hexdigest()
 
 
 class _File:

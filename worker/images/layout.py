@@ -87,8 +87,7 @@ class InstanceDir:
 
     def partial(self, name: str) -> Path:
         """A copy of `name` on its way. What an earlier boot left is not continued: it may not be on the disk."""
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
-        return self.path / f".{name}.{boot}.part"
+        return self.path / f".{name}.{boot()}.part"
 
     def verified(self, name: str) -> Path:
         """A copy of `name` whose content is proven."""
@@ -240,6 +239,11 @@ class DataDir:
         # Written under a name of the moment by write_text_durably: only a crash leaves one.
         ownerless += [*self.images.glob(".*.tmp"), *self.sources.glob(".*.tmp")]
         return found + [(path, "") for path in ownerless if _age(path) > _KEEP_OWNERLESS]
+
+
+def boot() -> str:
+    """What tells this boot of the host from all others."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
 
 
 def _age(path: Path) -> float:

@@ -35,7 +35,7 @@ HINT = (
 class Nbd:
     """How files travel over NBD: on which TCP ports, and with the certificates in which folder; None: plain.
 
-    `session` sets what one operation lends apart from what others do.
+    `session` sets what is lent for one purpose apart from the rest.
     """
 
     ports: range

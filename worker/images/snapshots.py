@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import structlog
 from pydantic import ValidationError
 
 from worker.errors import InvalidSpec, SnapshotInUse, SnapshotNotFound
-from worker.images.files import publish_folder, remove_tree, write_text_durably
+from worker.images.files import publish_folder, remove_tree, size_of, write_text_durably
 from worker.images.layout import DataDir, SnapshotDir
-from worker.models import Snapshot, SnapshotDisk, SnapshotEntry
+from worker.models import RootFile, Snapshot, SnapshotDisk, SnapshotEntry
 
 log = structlog.get_logger(__name__)
 
@@ -34,12 +36,13 @@ def every(data: DataDir) -> list[Snapshot]:
     return sorted((one for one in found if one), key=lambda one: one.taken_at)
 
 
-def entry_of(snapshot: Snapshot) -> SnapshotEntry:
-    """What the registry says of a snapshot."""
+def entry_of(data: DataDir, snapshot: Snapshot) -> SnapshotEntry:
+    """What the registry says of a snapshot that is published here."""
     fields = snapshot.model_dump(include=set(SnapshotEntry.model_fields) - {"disks"})
     return SnapshotEntry(
         **fields,
         disks=tuple(disk.target for disk in snapshot.disks),
+        root=_root_file(data, snapshot),
         virtual_size=sum(disk.virtual_size for disk in snapshot.disks),
         actual_size=sum(disk.actual_size for disk in snapshot.disks),
     )
@@ -47,13 +50,16 @@ def entry_of(snapshot: Snapshot) -> SnapshotEntry:
 
 def root_disk(snapshot: Snapshot) -> SnapshotDisk:
     """The disk that the guest boots from. Raises InvalidSpec when the snapshot was taken without it."""
-    for disk in snapshot.disks:
-        if disk.role in {"root", ""}:  # guests that are not the fleet's do not say: the first one is
-            return disk
-    raise InvalidSpec(
-        f"snapshot: {snapshot.id} holds {', '.join(disk.target for disk in snapshot.disks)}, and no root disk",
-        field="snapshot",
-        given=snapshot.id,
+    found = _root_disk(snapshot)
+    if found is None:
+        raise no_root_disk(snapshot.id, [disk.target for disk in snapshot.disks])
+    return found
+
+
+def no_root_disk(snapshot: str, disks: Sequence[str]) -> InvalidSpec:
+    """The error for a snapshot that no guest can boot from."""
+    return InvalidSpec(
+        f"snapshot: {snapshot} holds {', '.join(disks)}, and no root disk", field="snapshot", given=snapshot
     )
 
 
@@ -93,6 +99,26 @@ def remove(data: DataDir, snapshot: str) -> bool:
         published.rename(unfinished)
         remove_tree(unfinished, data.snapshots)
     return there
+
+
+def _root_disk(snapshot: Snapshot) -> SnapshotDisk | None:
+    # Guests that are not the fleet's do not say which it is: the first one is.
+    return next((disk for disk in snapshot.disks if disk.role in {"root", ""}), None)
+
+
+def _root_file(data: DataDir, snapshot: Snapshot) -> RootFile | None:
+    disk = _root_disk(snapshot)
+    if disk is None:
+        return None
+    path = data.snapshot(snapshot.id).path / disk.file
+    return RootFile(
+        path=path.relative_to(data.root),
+        format=disk.format,
+        size=size_of(path),
+        allocated=disk.actual_size,
+        checksum=disk.checksum,
+        backing=disk.backing,
+    )
 
 
 def _read(folder: SnapshotDir) -> Snapshot | None:

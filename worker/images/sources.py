@@ -217,7 +217,9 @@ class SnapshotRoot(Source):
         require_space(target.parent, qemu_img.measure(path, self._disk.format, "qcow2"), limits.reserve_bytes)
         target.unlink(missing_ok=True)
         qemu_img.convert(path, self._disk.format, target, self._disk.format, watch=watch, stall=limits.stall)
-        return SourceRecord(source=self.name, sha256=sha256_of(target), fetched_at=time.time(), identity=identity)
+        return SourceRecord(
+            source=self.name, sha256=sha256_of(target, watch), fetched_at=time.time(), identity=identity
+        )
 
     def _identity(self) -> tuple[int, ...]:
         try:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from worker.context import Watcher
 from worker.errors import ChecksumMismatch, FencedOff, FleetError, ImageNotFound, InstanceLocked, Stalled
 from worker.images import transfer
-from worker.images.files import locked, publish, size_of, write_text_durably
+from worker.images.files import allocated_size, locked, publish, size_of, write_text_durably
 from worker.images.inspect import inspect
 from worker.images.layout import DataDir
 from worker.images.reserve import Ledger
@@ -55,13 +55,16 @@ class ImageCache:
         fetch it once. Raises InvalidSpec, ImageNotFound, ImageRejected, ChecksumMismatch, NoSpace,
         TransferInterrupted, Stalled, and what `watch` raises; what remains then is at most a download to continue.
         """
-        source = source_of(image, self.roots, self.data)
+        return self.bring(source_of(image, self.roots, self.data), sha256, operation, watch)
+
+    def bring(self, source: Source, sha256: str | None, operation: str, watch: Watcher) -> BaseImage:
+        """The image of any source, as `fetch`."""
         found = self._find(source, sha256)
         if found is not None:
             return found
         self.data.create()
         with self._alone(source, operation, watch):
-            return self._find(source, sha256) or self._bring(source, sha256, operation, watch)
+            return self._find(source, sha256) or self._retrieve(source, sha256, operation, watch)
 
     def find(self, sha256: str) -> BaseImage | None:
         """The image of that content, if it is in the cache."""
@@ -137,9 +140,10 @@ class ImageCache:
             yield
 
     def _arrived(self, source: Source) -> int:
-        return sum(size_of(path) for path in self.data.tmp.glob(f"*@{source.key}.part"))
+        # What is allocated: a copy over NBD has its full length from the beginning.
+        return sum(map(allocated_size, self.data.tmp.glob(f"*@{source.key}.*part")))
 
-    def _bring(self, source: Source, sha256: str | None, operation: str, watch: Watcher) -> BaseImage:
+    def _retrieve(self, source: Source, sha256: str | None, operation: str, watch: Watcher) -> BaseImage:
         known = self._record_of(source)
         if known is not None and self._cached(known.sha256) is None:
             known = None
