@@ -9,6 +9,7 @@ from typing import Any
 import structlog
 from celery.exceptions import TimeoutError as NoAnswer
 
+from tasks.steps.confirmation import confirm_when_due
 from worker.app import app, host_queue
 from worker.compute import survey
 from worker.compute.local import LocalHost
@@ -79,7 +80,10 @@ def join(host: str) -> None:
     local = LocalHost(host, settings)
     try:
         with local.libvirt() as connection:
-            patiently(fleet.replace, host, survey.instances(local, connection), since)
+            present = survey.instances(local, connection)
+            patiently(fleet.replace, host, present, since)
+            for instance in present:
+                patiently(confirm_when_due, instance)  # Redis may have lost what it was to do
             patiently(fleet.replace_snapshots, host, survey.snapshots(local), since)
             found = survey.versions(connection) | survey.acceleration(local, connection)
             record = record.model_copy(update=found)

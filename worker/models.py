@@ -420,12 +420,16 @@ class Peer(Frozen):
 
 
 class Move(Frozen):
-    """An instance has moved, and its former copy is kept aside until that is confirmed."""
+    """An instance has moved, and its former copy is kept aside until that is confirmed.
+
+    `confirm_at`: when the fleet does so by itself, in seconds since the epoch by the host's clock.
+    """
 
     operation: str
     authoritative: str
     leftover: str
     shared: bool
+    confirm_at: float | None = None
 
 
 class Instance(Frozen):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from tasks.steps.confirmation import confirm_when_due
 from tasks.steps.lending import LEND_RETRIES, are_fetched
 from tasks.steps.local import local_host, local_instance, register
 from tasks.steps.power import shut_down_for
@@ -14,6 +16,7 @@ from worker.compute.departure import Departure, Handover
 from worker.compute.local import LocalInstance
 from worker.compute.power import PowerChange
 from worker.compute.resize import RUNS
+from worker.engine.patience import patiently
 from worker.engine.record import StepState
 from worker.engine.step import Retries, step
 from worker.engine.step_context import StepContext
@@ -168,11 +171,11 @@ def release(ctx: StepContext, request: MigrateRequest) -> Acknowledged:
 def take_over(ctx: StepContext, request: MigrateRequest) -> Instance:
     """The destination's copy counts from here on; the source's is kept until that is confirmed."""
     instance = local_instance(ctx)
-    power = arrival.take_over(instance, _handover(ctx, request, "moved"), ctx)
-    entry = register(ctx, power, provision.spec_of(instance.local, instance.uuid))
     wait = 0.0 if request.auto_confirm else ctx.settings.confirm_after or None
-    if wait is not None:
-        _confirm_later(ctx, wait)
+    due = {"confirm_at": None if wait is None else time.time() + wait}
+    power = arrival.take_over(instance, _handover(ctx, request, "moved").model_copy(update=due), ctx)
+    entry = register(ctx, power, provision.spec_of(instance.local, instance.uuid))
+    patiently(confirm_when_due, entry)
     return entry
 
 
@@ -199,11 +202,6 @@ def _how(ctx: StepContext, request: MigrateRequest) -> Copying:
 
 def _part(ctx: StepContext) -> str:
     return ctx.plan.key.partition(":")[2]
-
-
-def _confirm_later(ctx: StepContext, seconds: float) -> None:
-    request = {"instance": ctx.instance, "migration": ctx.operation, "wait_if_busy": True}
-    ctx.defer(f"confirm-{ctx.operation}", "virtfleet.confirm", request, seconds)
 
 
 # --- confirmed --------------------------------------------------------------------------------------------------------
@@ -294,10 +292,10 @@ def release_destination(ctx: StepContext, request: RevertRequest) -> Acknowledge
 def take_back(ctx: StepContext, request: RevertRequest) -> Instance:  # noqa: ARG001
     """The source's copy counts again; the other one goes as soon as this operation has ended."""
     instance = local_instance(ctx)
-    counts = _way_back(ctx, "moved").model_copy(update={"departure": ctx.result(prove_source).departure})
-    power = arrival.take_over(instance, counts, ctx)
+    counts = {"departure": ctx.result(prove_source).departure, "confirm_at": time.time()}
+    power = arrival.take_over(instance, _way_back(ctx, "moved").model_copy(update=counts), ctx)
     entry = register(ctx, power, provision.spec_of(instance.local, instance.uuid))
-    _confirm_later(ctx, 0.0)
+    patiently(confirm_when_due, entry)
     return entry
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import settings
 from tests.fleet.instances import Lab, domain, domains, lab_of
 from tests.fleet.moves import (
     DATA_MIB,
@@ -21,6 +22,7 @@ from tests.fleet.moves import (
     contents,
     disks,
     ended,
+    forget_all,
     idle,
     kill_libvirtd,
     kill_workers,
@@ -305,3 +307,16 @@ def test_a_destination_that_fills_up_gives_the_guest_back(lab: Lab, name: str, t
 def coming(folder: Path) -> int:
     parts = folder.glob(".root.qcow2.*.part") if folder.exists() else []
     return sum(path.stat().st_blocks * 512 for path in parts)
+
+
+def test_a_move_that_is_to_be_confirmed_by_itself_is_so_though_redis_has_forgotten(name: str) -> None:
+    with settings(confirm_after=15), lab_folder() as folder, lab_of(folder, *HOSTS[:2], networked=True) as lab:
+        idle_image(lab.fleet.hosts["hosta"].images / "idle.qcow2")
+        uuid = idle(lab, name)
+        lab.done("migrate", instance=name, to="hostb", **FORCE)
+        lab.fleet.redis.flushall()
+        wait_until(lambda: lab.instances().get(name, {}).get("move"), 60, "hostb is known again")
+        assert lab.folder("hosta", f"{uuid}_resize").exists(), "it is not time yet"
+        wait_until(lambda: lab.instances()[name]["move"] is None, 60, "it is confirmed")
+        assert leftovers(lab, "hosta") == []
+        forget_all(lab)

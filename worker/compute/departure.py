@@ -51,7 +51,10 @@ class Departure(Frozen):
 
 
 class Handover(Frozen):
-    """Lies in both copies of an instance that has moved: which one counts, and what the other one is."""
+    """Lies in both copies of an instance that has moved: which one counts, and what the other one is.
+
+    `confirm_at`: see `worker.models.Move`. It is noted here since Redis may lose what it was asked to do later.
+    """
 
     operation: str
     phase: Literal["moving", "moved"]
@@ -60,6 +63,7 @@ class Handover(Frozen):
     shared: bool
     departure: Departure
     digests: dict[str, str] = Field(default_factory=dict)
+    confirm_at: float | None = None
     former: Handover | None = None
 
 
@@ -226,7 +230,11 @@ def move_of(local: LocalHost, name: str, uuid: str) -> Move | None:
     if found is None or found.phase == "moving" or found.authoritative != local.name:
         return None
     return Move(
-        operation=found.operation, authoritative=found.authoritative, leftover=found.leftover, shared=found.shared
+        operation=found.operation,
+        authoritative=found.authoritative,
+        leftover=found.leftover,
+        shared=found.shared,
+        confirm_at=found.confirm_at,
     )
 
 

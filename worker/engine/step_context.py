@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
-from worker.engine import deferred, events
+from worker.engine import events
 from worker.engine.journal import Journal, Lease
 from worker.engine.lease import LeaseKeeper
 from worker.engine.patience import patiently
@@ -100,10 +100,6 @@ class StepContext:
     def result(self, step: Step[Returned], key: str | None = None) -> Returned:
         """What an earlier step of this operation returned; `key` tells several of one kind apart."""
         return step.returned.validate_python(self.record.steps[key or step.name].result)
-
-    def defer(self, operation_id: str, kind: str, request: dict[str, Any], seconds: float) -> None:
-        """Have the fleet submit another request later; see `worker.engine.deferred`."""
-        patiently(deferred.defer, operation_id, kind, request, seconds)
 
     def flush(self) -> None:
         """Say the last progress that was held back."""
