@@ -11,23 +11,23 @@ from typing import Any
 from tests.chaos import faults, scenarios
 from tests.chaos.invariants import Played, executions
 from tests.chaos.rounds import combinations, drawn
-from worker.engine.record import Record, State
+from worker.engine.record import Record, Stages, State, StepPlan
 
 OPERATION = "op-1"
 NOBODY = 2**22 + 1  # above the largest pid of a 64-bit Linux
 
 
 def complaints(
-    tmp_path: Path, *events: tuple[str, int, int, float], deaths: dict[int, float] | None = None
+    tmp_path: Path, *events: tuple[Any, ...], deaths: dict[int, float] | None = None, stages: Stages = ()
 ) -> list[str]:
-    """What is said of a log that tells of these events: name, fence, pid, time."""
+    """What is said of a log that tells of these events: name, fence, pid, time, and the step if it is another one."""
     log = tmp_path / "worker.log"
     lines = [
-        {"event": name, "operation": OPERATION, "step": "copy", "fence": fence, "pid": pid, "at": at}
-        for name, fence, pid, at in events
+        {"event": name, "operation": OPERATION, "step": "".join(step) or "copy", "fence": fence, "pid": pid, "at": at}
+        for name, fence, pid, at, *step in events
     ]
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    record = Record(OPERATION, "virtfleet.spawn", {}, "guest", "", "host", State.SUCCEEDED)
+    record = Record(OPERATION, "virtfleet.spawn", {}, "guest", "", "host", State.SUCCEEDED, stages)
     site: Any = SimpleNamespace(supervisor=SimpleNamespace(deaths=deaths or {}))
     return list(executions(site, Played(scenarios.SCENARIOS[0], None, "guest", record, {log: 0})))
 
@@ -47,6 +47,20 @@ def test_a_killed_executor_counts_until_its_death(tmp_path: Path) -> None:
     events = [("begins", 1, NOBODY, 1.0), ("begins", 2, 11, 3.0), ("ends", 2, 11, 4.0)]
     assert complaints(tmp_path, *events, deaths={NOBODY: 2.0}) == []
     assert complaints(tmp_path, *events, deaths={NOBODY: 3.5}) != []
+
+
+def test_only_steps_side_by_side_may_run_at_the_same_time(tmp_path: Path) -> None:
+    beside = (StepPlan("copy", "copy", "chaosb", "disk"), StepPlan("lend", "lend", "chaos", "control"))
+    events = [
+        ("begins", 1, 10, 1.0),
+        ("begins", 2, 11, 2.0, "lend"),
+        ("ends", 1, 10, 3.0),
+        ("ends", 2, 11, 4.0, "lend"),
+    ]
+    assert complaints(tmp_path, *events, stages=(beside,)) == []
+    assert complaints(tmp_path, *events, stages=((beside[0],), (beside[1],))) != []
+    again = ("begins", 3, 12, 2.5), ("ends", 3, 12, 2.7)
+    assert complaints(tmp_path, *events, *again, stages=(beside,)) != []
 
 
 def test_an_executor_that_outlives_the_others_is_seen(tmp_path: Path) -> None:
@@ -73,4 +87,5 @@ def test_every_fault_meets_every_operation() -> None:
     choices = combinations([], [], as_root=True)
     for scenario in scenarios.SCENARIOS:
         met = {fault for operation, fault, _ in choices if operation == scenario.name}
-        assert met >= {fault.name for fault in faults.FAULTS if not fault.needs}
+        wanted = {fault.name for fault in faults.FAULTS if not fault.needs}
+        assert met >= {name for name in wanted if scenario.journey or not faults.BY_NAME[name].between_hosts}
