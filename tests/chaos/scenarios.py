@@ -269,8 +269,8 @@ SCENARIOS = (
     _journey(
         "migrate",
         *("describe_source", "preflight", "prepare_destination", "shut_down_source", "set_aside", "prepare_source"),
-        *("copy_disk:root.raw", "fingerprint:root.raw", "verify_disks", "define_destination", "start_destination"),
-        *("release", "take_over"),
+        *("copy_disk:root.raw", "fingerprint:root.raw", "verify_disks", "hand_over", "define_destination"),
+        *("start_destination", "release", "take_over"),
         journey=Journey(HOME, MOVED, undone=frozenset({HOME})),
         request=_to_other,
         cancel_at="start_destination",

@@ -74,6 +74,7 @@ THOROUGH = [
     ("migrate", "disk full", "copy_disk:root.raw", 0.3),
     ("migrate", "SIGKILL disk worker", "fingerprint:root.raw", 0.5),
     ("migrate", "SIGKILL Redis", "verify_disks", 0.3),
+    ("migrate", "SIGKILL control worker", "hand_over", 0.3),
     ("migrate", "SIGKILL libvirtd", "define_destination", 0.3),
     ("migrate", "SIGSTOP control worker", "start_destination", 0.5),
     ("migrate", "FLUSHALL, SIGKILL both", "release", 0.3),
