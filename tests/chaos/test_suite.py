@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from tests.chaos import faults, scenarios
 from tests.chaos.invariants import Played, executions
 from tests.chaos.rounds import combinations, drawn
+from tests.chaos.watch import PAUSE, Watch
 from worker.engine.record import Record, Stages, State, StepPlan
 
 OPERATION = "op-1"
@@ -69,6 +72,33 @@ def test_an_executor_that_outlives_the_others_is_seen(tmp_path: Path) -> None:
 
 def test_an_empty_log_proves_nothing(tmp_path: Path) -> None:
     assert complaints(tmp_path) == ["the operation succeeded, but no log tells of an executor"]
+
+
+class Showing:
+    """A host on which a guest's QEMU is, or is not, with each look."""
+
+    def __init__(self, name: str, *pids: int | None) -> None:
+        self.name = name
+        self._pids = itertools.chain(pids, itertools.repeat(pids[-1]))
+
+    def find_qemu(self, domain: str) -> int | None:  # noqa: ARG002
+        return next(self._pids)
+
+
+def seen_on(*hosts: Showing) -> list[str]:
+    watched: Any = hosts
+    with Watch(watched, "guest") as watch:
+        time.sleep(2.5 * PAUSE)
+    return watch.complaints()
+
+
+def test_a_guest_on_two_hosts_at_once_is_seen() -> None:
+    assert "QEMU ran guest on chaos and chaosb at once" in seen_on(Showing("chaos", 1), Showing("chaosb", 2))[0]
+
+
+def test_a_guest_that_has_gone_from_one_host_to_the_other_is_not_complained_of() -> None:
+    assert seen_on(Showing("chaos", 1, None), Showing("chaosb", 2)) == []
+    assert seen_on(Showing("chaos", None), Showing("chaosb", 2)) == []
 
 
 def test_the_same_seed_chooses_the_same_rounds() -> None:
