@@ -81,7 +81,7 @@ class Showing:
         self.name = name
         self._pids = itertools.chain(pids, itertools.repeat(pids[-1]))
 
-    def find_qemu(self, domain: str) -> int | None:  # noqa: ARG002
+    def find_qemu(self, domain: str) -> int | None:
         return next(self._pids)
 
 
