@@ -312,8 +312,8 @@ def _contents(site: Site, played: Played) -> Iterator[str]:
         if image.suffix != ".json" and _sha256(image) != image.stem:
             yield f"the base image {image} has changed"
     for host in site.hosts if played.scenario.journey else ():
-        found = site.read_contents(played.instance, host)
-        if found and found != site.contents[host]:  # that it is where it must be has been looked at
+        is_there = any(site.hosts[host].data.glob(f"instances/{played.record.uuid}*"))  # whether it must be: `_place`
+        if is_there and (found := site.read_contents(played.instance, host)) != site.contents[host]:
             yield f"the copy on {host} holds {found}, not {site.contents[host]}"
 
 
