@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import subprocess
 import threading
 import time
@@ -59,8 +58,9 @@ ENVIRONMENT = {
 Contents = dict[str, str]
 """By file name, a digest of what a disk holds."""
 
+SCRIBBLES = {HOME: 0x5A, AWAY: 0xA5}
 SCRIBBLE_AT, SCRIBBLE_BYTES = 16 * MIB, 2 * MIB
-"""Where on its disks a guest that moves gets content of its own."""
+"""What a guest that moves writes to its disks, by the host it is on, and where."""
 
 BOOTING = "virtfleet-guest booting"
 MARKED = "chaos disks marked"
@@ -244,7 +244,7 @@ class Site:
         with self._connected(host) as connection:
             domain = connection.lookupByName(name)
             for disk in _writable_disks(domain):
-                write = f'qemu-io -d {disk} "write -f -P {random.randrange(1, 256)} {SCRIBBLE_AT} {SCRIBBLE_BYTES}"'
+                write = f'qemu-io -d {disk} "write -f -P {SCRIBBLES[host]} {SCRIBBLE_AT} {SCRIBBLE_BYTES}"'
                 said = libvirt_qemu.qemuMonitorCommand(domain, write, libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP)
                 if said:
                     raise LabError(f"{name} cannot write to its disk {disk}: {said}")
