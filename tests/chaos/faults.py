@@ -229,7 +229,9 @@ def _await_qemu(site: Site, target: Target) -> int:
     def found() -> int | None:
         return next((pid for host in site.hosts.values() if (pid := host.find_qemu(name))), None)
 
-    return wait_until(found, 3, f"QEMU of {name} runs") or 0
+    pid = wait_until(found, 3, f"QEMU of {name} runs")
+    assert pid
+    return pid
 
 
 def cancel(site: Site, target: Target) -> None:

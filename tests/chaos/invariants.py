@@ -152,12 +152,12 @@ def _place(site: Site, played: Played) -> Iterator[str]:
         yield from _powers(site, played, {HOME: _wanted(played), AWAY: {PowerState.MISSING}})
         return
     allowed = {journey.after} if succeeded else journey.undone
-    amiss = {where: [*_journey(site, played, where)] for where in allowed}
+    amiss = {where: [*_amiss(site, played, where)] for where in allowed}
     if all(amiss.values()):
         yield from (f"it is not {where}: {'; '.join(why)}" for where, why in amiss.items())
 
 
-def _journey(site: Site, played: Played, where: Whereabouts) -> Iterator[str]:
+def _amiss(site: Site, played: Played, where: Whereabouts) -> Iterator[str]:
     """What speaks against an instance being there as a whole."""
     uuid, here = played.record.uuid, _host_of(where)
     left = AWAY if here == HOME else HOME
@@ -177,7 +177,7 @@ def _journey(site: Site, played: Played, where: Whereabouts) -> Iterator[str]:
 
 
 def _host_of(where: Whereabouts) -> str:
-    return HOME if where is Whereabouts.HOME else AWAY
+    return HOME if where is Whereabouts.UNMOVED else AWAY
 
 
 def _wanted(played: Played) -> set[PowerState]:

@@ -34,7 +34,7 @@ QUEUES = {
 class Whereabouts(StrEnum):
     """On which of two hosts an instance is, and whether its former copy is still kept."""
 
-    HOME = "at home, and not on the other host"
+    UNMOVED = "at home, and not on the other host"
     MOVED = "on the other host, its former copy set aside at home"
     SETTLED = "on the other host, and no more at home"
 
@@ -48,7 +48,7 @@ class Journey:
     undone: frozenset[Whereabouts]
 
 
-HOME, MOVED, SETTLED = Whereabouts.HOME, Whereabouts.MOVED, Whereabouts.SETTLED
+UNMOVED, MOVED, SETTLED = Whereabouts.UNMOVED, Whereabouts.MOVED, Whereabouts.SETTLED
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ SCENARIOS = (
         *("describe_source", "preflight", "prepare_destination", "shut_down_source", "set_aside", "prepare_source"),
         *("copy_disk:root.raw", "fingerprint:root.raw", "verify_disks", "hand_over", "define_destination"),
         *("start_destination", "release", "take_over"),
-        journey=Journey(HOME, MOVED, undone=frozenset({HOME})),
+        journey=Journey(UNMOVED, MOVED, undone=frozenset({UNMOVED})),
         request=_to_other,
         cancel_at="start_destination",
         needs_space=True,
@@ -279,7 +279,7 @@ SCENARIOS = (
     _journey(
         "migrate over NBD",
         *("lend:base", "prepare_destination", "lend:disks", "copy_disk:root.qcow2"),
-        journey=Journey(HOME, MOVED, undone=frozenset({HOME})),
+        journey=Journey(UNMOVED, MOVED, undone=frozenset({UNMOVED})),
         request=lambda ground: {**_to_other(ground), "transport": "nbd"},
         cancel_at="copy_disk:root.qcow2",
         needs_space=True,
@@ -295,7 +295,7 @@ SCENARIOS = (
         "revert",
         *("prove_source", "describe_destination", "shut_down_destination", "leave_destination", "return_source"),
         *("start_source", "release_destination", "take_back"),
-        journey=Journey(MOVED, HOME, undone=frozenset({MOVED})),
+        journey=Journey(MOVED, UNMOVED, undone=frozenset({MOVED})),
         request=lambda _: IMPATIENT,
         cancel_at="start_source",
         needs_space=True,
