@@ -16,14 +16,24 @@ from dataclasses import dataclass
 
 import redis
 
-from tests.chaos.site import HOST, Site
+from tests.chaos.site import HOSTS, Site
 from tests.lab import LabError, wait_until
-from tests.lab.fleet import WorkerKind
-from tests.lab.process import kill9, running
+from tests.lab.fleet import KINDS, WorkerKind
+from tests.lab.process import Process, kill9, running
 from worker.app import SHARED_QUEUE, host_queue
 from worker.models import PowerState
 
-QUEUES = {SHARED_QUEUE, host_queue(HOST, "control"), host_queue(HOST, "disk")}
+QUEUES = {SHARED_QUEUE, *(host_queue(host, kind) for host in HOSTS for kind in KINDS)}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a fault strikes: an operation, the host whose worker executes a step of it now, and all hosts that it is
+    about."""
+
+    operation: str
+    host: str
+    hosts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -33,11 +43,11 @@ class Fault:
     With `harmless` the operation must succeed all the same. `early`: it begins before the operation. `may_leave` are
     states of the guest that it explains. `needs` names the queue of the steps that it can hit; empty for all.
     `limit`: seconds within which the operation shall have ended, beyond what it takes undisturbed; with `by_lease`,
-    one and a half times its lease's time to live.
+    one and a half times its lease's time to live. `between_hosts`: it means nothing to operations on one host.
     """
 
     name: str
-    strike: Callable[[Site, str], None]
+    strike: Callable[[Site, Target], None]
     harmless: bool = True
     early: bool = False
     may_leave: frozenset[PowerState] = frozenset()
@@ -45,94 +55,96 @@ class Fault:
     as_root: bool = False
     limit: float | None = None
     by_lease: bool = False
+    between_hosts: bool = False
 
 
-def kill_control(site: Site, operation: str) -> None:
-    _kill_worker(site, "control")
+def kill_control(site: Site, target: Target) -> None:
+    _kill_workers(site, site.workers[target.host, "control"])
 
 
-def kill_disk(site: Site, operation: str) -> None:
-    _kill_worker(site, "disk")
+def kill_disk(site: Site, target: Target) -> None:
+    _kill_workers(site, site.workers[target.host, "disk"])
 
 
-def _kill_worker(site: Site, kind: WorkerKind) -> None:
-    worker = site.workers[kind]
-    if not worker.alive:
-        raise LabError(f"there is no {kind} worker to kill")
-    pids = [worker.pid, *worker.children()]
+def _kill_workers(site: Site, *workers: Process) -> None:
+    for worker in workers:
+        if not worker.alive:
+            raise LabError(f"there is no {' '.join(worker.argv)} to kill")
+    pids = [pid for worker in workers for pid in (worker.pid, *worker.children())]
     site.supervisor.expect(*pids)
-    worker.kill9()
+    for worker in workers:
+        worker.kill9()
     for pid in pids:
         wait_until(lambda pid=pid: not running(pid), 5, f"pool child {pid} ends with its worker")  # type: ignore[misc]
     site.supervisor.died(*pids)
 
 
-def stop_control(site: Site, operation: str) -> None:
-    _stop_worker(site, "control")
+def stop_control(site: Site, target: Target) -> None:
+    _stop_worker(site, target.host, "control")
 
 
-def stop_disk(site: Site, operation: str) -> None:
-    _stop_worker(site, "disk")
+def stop_disk(site: Site, target: Target) -> None:
+    _stop_worker(site, target.host, "disk")
 
 
-def _stop_worker(site: Site, kind: WorkerKind) -> None:
+def _stop_worker(site: Site, host: str, kind: WorkerKind) -> None:
     """As an upgrade: the worker may end its steps or hand them over, and a new one starts."""
-    worker = site.workers[kind]
+    worker = site.workers[host, kind]
     pids = [worker.pid, *worker.children()]
     site.supervisor.expect(*pids)
     worker.kill(signal.SIGTERM)
     for pid in pids:
-        wait_until(lambda pid=pid: not running(pid), 30, f"process {pid} of the {kind} worker ends")  # type: ignore[misc]
+        wait_until(lambda pid=pid: not running(pid), 30, f"process {pid} of the {kind} worker of {host} ends")  # type: ignore[misc]
     site.supervisor.died(*pids)
 
 
-def kill_pool_child(site: Site, operation: str) -> None:
-    for pid in site.workers["disk"].children():
+def kill_pool_child(site: Site, target: Target) -> None:
+    for pid in site.workers[target.host, "disk"].children():
         kill9(pid)
         site.supervisor.died(pid)
 
 
-def kill_libvirtd(site: Site, operation: str) -> None:
-    site.host.libvirtd_kill9()
+def kill_libvirtd(site: Site, target: Target) -> None:
+    site.hosts[target.host].libvirtd_kill9()
     time.sleep(0.5)
-    site.host.libvirtd_start()
+    site.hosts[target.host].libvirtd_start()
 
 
-def freeze_libvirtd(site: Site, operation: str) -> None:
-    with site.host.libvirtd_frozen():
+def freeze_libvirtd(site: Site, target: Target) -> None:
+    with site.hosts[target.host].libvirtd_frozen():
         time.sleep(site.freeze_seconds)
 
 
-def kill_redis(site: Site, operation: str) -> None:
+def kill_redis(site: Site, target: Target) -> None:
     site.fleet.redis.kill9()
     time.sleep(1)
     site.fleet.redis.start()
 
 
-def redis_away(site: Site, operation: str) -> None:
+def redis_away(site: Site, target: Target) -> None:
     """For so long that every lease runs out."""
     site.fleet.redis.kill9()
     time.sleep(2 * site.lease_ttl)
     site.fleet.redis.start()
 
 
-def freeze_redis(site: Site, operation: str) -> None:
+def freeze_redis(site: Site, target: Target) -> None:
     """For so long that every lease runs out: whoever is heard first afterwards must not take it for dead."""
     with site.fleet.redis.paused():
         time.sleep(1.5 * site.lease_ttl)
 
 
-def freeze_control(site: Site, operation: str) -> None:
-    _freeze_worker(site, "control")
+def freeze_control(site: Site, target: Target) -> None:
+    _freeze_worker(site, site.workers[target.host, "control"])
 
 
-def freeze_disk(site: Site, operation: str) -> None:
-    _freeze_worker(site, "disk")
+def freeze_disk(site: Site, target: Target) -> None:
+    _freeze_worker(site, site.workers[target.host, "disk"])
 
 
-def _freeze_worker(site: Site, kind: WorkerKind) -> None:
+def _freeze_worker(site: Site, worker: Process) -> None:
     """As a machine that swaps: it comes back when its lease has run out, and must not go on."""
-    pids = [site.workers[kind].pid, *site.workers[kind].children()]
+    pids = [worker.pid, *worker.children()]
     try:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -143,24 +155,39 @@ def _freeze_worker(site: Site, kind: WorkerKind) -> None:
                 os.kill(pid, signal.SIGCONT)
 
 
-def flush_redis(site: Site, operation: str) -> None:
+def flush_redis(site: Site, target: Target) -> None:
     site.fleet.redis.flushall()
 
 
-def flush_and_kill(site: Site, operation: str) -> None:
-    """Nobody who remembers the operation is left: only the host's copy of its record can bring it back."""
-    _kill_worker(site, "disk")
-    _kill_worker(site, "control")
+def flush_and_kill(site: Site, target: Target) -> None:
+    """Nobody who remembers the operation is left: only the hosts' copies of its record can bring it back."""
+    _kill_workers(site, *(site.workers[host, kind] for host in target.hosts for kind in KINDS))
     site.fleet.redis.flushall()
 
 
-def drop_connections(site: Site, operation: str) -> None:
+def flush_and_kill_one(site: Site, target: Target) -> None:
+    """Whoever knows best what was done is away for a moment, while the other host still has an older copy."""
+    _kill_workers(site, *(site.workers[target.host, kind] for kind in KINDS))
+    site.fleet.redis.flushall()
+
+
+def cut_cables(site: Site, target: Target) -> None:
+    """Between the hosts nothing comes through for a while; Redis and libvirt are not reached by these cables."""
+    cables = [cable for host in target.hosts if (cable := site.hosts[host].cable)]
+    for cable in cables:
+        cable.cut()
+    time.sleep(site.freeze_seconds)
+    for cable in cables:
+        cable.plug()
+
+
+def drop_connections(site: Site, target: Target) -> None:
     with site.fleet.redis.client() as client:
         for kind in ("normal", "pubsub"):
             client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
 
 
-def deliver_twice(site: Site, operation: str) -> None:
+def deliver_twice(site: Site, target: Target) -> None:
     """Until the end of the round, every message comes again: at once, and a while later."""
     repeater = Repeater(site.fleet.redis.client(timeout=60), site.fleet.redis.client())
     repeater.start()
@@ -168,9 +195,9 @@ def deliver_twice(site: Site, operation: str) -> None:
     wait_until(repeater.listening.is_set, 5, "Redis tells which messages are sent")
 
 
-def fill_disk(site: Site, operation: str) -> None:
+def fill_disk(site: Site, target: Target) -> None:
     """Until the end of the round, the data directory has not one block left."""
-    filler = site.host.data / ".filler"
+    filler = site.hosts[target.host].data / ".filler"
     site.relief.callback(filler.unlink, missing_ok=True)
     with filler.open("wb") as file:
         for size in (1024**2, 4096):
@@ -180,33 +207,35 @@ def fill_disk(site: Site, operation: str) -> None:
                     file.seek(size, os.SEEK_CUR)
 
 
-def kill_guest(site: Site, operation: str) -> None:
+def kill_guest(site: Site, target: Target) -> None:
     """SIGKILL the QEMU of the operation's guest; of a new one, as soon as there is one."""
-    name = site.client.journal.read(operation).instance
     with suppress(LabError):  # a guest that is off, or will never be on, has none
-        wait_until(lambda: _qemu(site, name), 3, f"QEMU of {name} runs")
-        site.host.kill_guest(name)
+        kill9(_await_qemu(site, target))
 
 
-def freeze_guest(site: Site, operation: str) -> None:
+def freeze_guest(site: Site, target: Target) -> None:
     """QEMU answers nobody for a while, as on a host whose storage hangs."""
-    name = site.client.journal.read(operation).instance
     with suppress(LabError, ProcessLookupError):
-        pid = wait_until(lambda: _qemu(site, name), 3, f"QEMU of {name} runs")
-        assert pid
+        pid = _await_qemu(site, target)
         os.kill(pid, signal.SIGSTOP)
         time.sleep(site.freeze_seconds)
         os.kill(pid, signal.SIGCONT)
 
 
-def _qemu(site: Site, name: str) -> int | None:
-    with suppress(LabError):
-        return site.host.qemu_pid(name)
-    return None
+def _await_qemu(site: Site, target: Target) -> int:
+    """The QEMU of the operation's guest, wherever it runs."""
+    name = site.client.journal.read(target.operation).instance
+
+    def found() -> int | None:
+        return next((pid for host in site.hosts.values() if (pid := host.find_qemu(name))), None)
+
+    pid = wait_until(found, 3, f"QEMU of {name} runs")
+    assert pid
+    return pid
 
 
-def cancel(site: Site, operation: str) -> None:
-    site.client.cancel(operation)
+def cancel(site: Site, target: Target) -> None:
+    site.client.cancel(target.operation)
 
 
 class Repeater(threading.Thread):
@@ -275,6 +304,8 @@ FAULTS = (
     Fault("SIGSTOP disk worker", freeze_disk, needs="disk"),
     Fault("FLUSHALL", flush_redis),
     Fault("FLUSHALL, SIGKILL both", flush_and_kill),
+    Fault("FLUSHALL, SIGKILL one host", flush_and_kill_one, between_hosts=True),
+    Fault("cables cut", cut_cables, between_hosts=True),
     Fault("connections dropped", drop_connections),
     Fault("messages doubled", deliver_twice, early=True),
     Fault("disk full", fill_disk, as_root=True),

@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.faults import Fault
-from tests.chaos.scenarios import Scenario
-from tests.chaos.site import HOST, PET, Site
+from tests.chaos.scenarios import Scenario, Whereabouts
+from tests.chaos.site import AWAY, HOME, PET, Site
+from tests.lab.fleet import KINDS
 from tests.lab.process import running
 from worker.app import SHARED_QUEUE, host_queue
 from worker.engine import keys
 from worker.engine.record import Record, State
+from worker.images.layout import ASIDE
 from worker.models import PowerState
+
+PASSING = ("tmp/*", "operations/*", "images/.*", "snapshots/.*", "reserved/*")
+"""Where a host keeps what no operation may leave behind."""
 
 SETTLE = 8.0
 """Seconds after the end of an operation in which copies of its record and the like must have gone."""
@@ -54,7 +59,7 @@ def violations(site: Site, played: Played) -> list[str]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.2)
-    return [*found, *unsettled, *_contents(site)]
+    return [*found, *unsettled, *_contents(site, played)]
 
 
 # --- the operation ----------------------------------------------------------------------------------------------------
@@ -88,10 +93,12 @@ class Execution:
 
 
 def executions(site: Site, played: Played) -> Iterator[str]:
-    """At most one executor at any time; and none that outlives the operation."""
+    """At most one executor at any time, but for steps that stand side by side; and none that outlives the operation."""
     works = sorted(_read_executions(site, played), key=lambda work: work.began)
-    for first, second in itertools.pairwise(works):
-        if second.began < first.ended:
+    stages = [{plan.key for plan in stage} for stage in played.record.stages]
+    for first, second in itertools.combinations(works, 2):
+        side_by_side = first.step != second.step and any({first.step, second.step} <= stage for stage in stages)
+        if second.began < first.ended and not side_by_side:
             yield f"two executors at once: {first}, and {second}"
     if not works and played.record.state is State.SUCCEEDED:
         yield "the operation succeeded, but no log tells of an executor"
@@ -126,29 +133,76 @@ def events_of(operation: str, log: Path, offset: int) -> Iterator[dict[str, Any]
 
 
 def _guests(site: Site, played: Played) -> Iterator[str]:
-    domains = site.domains()
-    power = domains.get(played.instance, PowerState.MISSING)
-    wanted = {played.scenario.after} if played.record.state is State.SUCCEEDED else set(played.scenario.undone)
+    yield from _place(site, played)
+    for host in site.hosts:
+        domains = site.domains(host)
+        if unknown := set(domains) - {PET, played.instance}:
+            yield f"domains nobody knows on {host}: {sorted(unknown)}"
+        if (PET in domains) != (host == HOME):
+            yield f"the guest that was at home all the time: {host} has the domains {sorted(domains)}"
+        yield from (f"{name} is transient: its power-off would lose it" for name in site.transient(host))
+        yield from (f"a job runs on: {job}" for job in site.jobs(host))
+        yield from _processes(site, host, domains)
+
+
+def _place(site: Site, played: Played) -> Iterator[str]:
+    """The guest is in one of the places where it may be now, as it should be there, and nowhere else."""
+    succeeded, journey = played.record.state is State.SUCCEEDED, played.scenario.journey
+    if journey is None:
+        yield from _powers(site, played, {HOME: _wanted(played), AWAY: {PowerState.MISSING}})
+        return
+    allowed = {journey.after} if succeeded else journey.undone
+    amiss = {where: [*_amiss(site, played, where)] for where in allowed}
+    if all(amiss.values()):
+        yield from (f"it is not {where}: {'; '.join(why)}" for where, why in amiss.items())
+
+
+def _amiss(site: Site, played: Played, where: Whereabouts) -> Iterator[str]:
+    """What speaks against an instance being there as a whole."""
+    uuid, here = played.record.uuid, _host_of(where)
+    left = AWAY if here == HOME else HOME
+    kept = where is Whereabouts.MOVED
+    yield from _powers(site, played, {here: _wanted(played), left: {PowerState.OFF if kept else PowerState.MISSING}})
+    folders = {here: [uuid], left: [f"{uuid}{ASIDE}"] if kept else []}
+    for host, wanted in folders.items():
+        found = sorted(folder.name for folder in site.hosts[host].data.glob(f"instances/{uuid}*"))
+        if found != wanted:
+            yield f"{host} has the folders {found}, not {wanted}"
+        notes = [path.name for path in site.hosts[host].data.glob(f"instances/{uuid}*/.handover.*")]
+        if notes != [f".handover.{host}.json"] * kept:
+            yield f"{host} has the notes {notes}"
+    known = site.client.registry.find(played.instance)
+    if known is None or known.host != here or bool(known.move) != kept:
+        yield f"the registry has {known}"
+
+
+def _host_of(where: Whereabouts) -> str:
+    return HOME if where is Whereabouts.UNMOVED else AWAY
+
+
+def _wanted(played: Played) -> set[PowerState]:
+    """The states in which the guest may be where it runs."""
+    succeeded = played.record.state is State.SUCCEEDED
+    wanted = {played.scenario.after} if succeeded else set(played.scenario.undone)
     if played.fault and PowerState.MISSING not in wanted:
         wanted |= played.fault.may_leave
-    if power not in wanted:
-        allowed = " or ".join(sorted(wanted))
-        yield f"{played.instance} is {power}, not {allowed}; the operation {played.record.state}"
-    if unknown := set(domains) - {PET, played.instance}:
-        yield f"domains nobody knows: {sorted(unknown)}"
-    if PET not in domains:
-        yield "the guest that was there all the time is gone"
-    yield from (f"{name} is transient: its power-off would lose it" for name in site.transient())
-    yield from (f"a job runs on: {job}" for job in site.jobs())
-    yield from _processes(site, domains)
+    return wanted
 
 
-def _processes(site: Site, domains: dict[str, PowerState]) -> Iterator[str]:
+def _powers(site: Site, played: Played, wanted: dict[str, set[PowerState]]) -> Iterator[str]:
+    for host in site.hosts:
+        power = site.power(played.instance, host)
+        if power not in wanted[host]:
+            allowed = " or ".join(sorted(wanted[host]))
+            yield f"{played.instance} is {power} on {host}, not {allowed}; the operation {played.record.state}"
+
+
+def _processes(site: Site, host: str, domains: dict[str, PowerState]) -> Iterator[str]:
     """Every active domain has its QEMU, and no program that a worker had started works on without it."""
     active = sorted(name for name, power in domains.items() if power is not PowerState.OFF)
     emulators = []
     for words in _command_lines():
-        if not any(str(site.host.data) in word for word in words):
+        if not any(str(site.hosts[host].data) in word for word in words):
             continue
         guest = next((word for word in words if word.startswith("guest=")), None)
         if guest:
@@ -156,7 +210,7 @@ def _processes(site: Site, domains: dict[str, PowerState]) -> Iterator[str]:
         else:
             yield f"still runs: {' '.join(words)}"
     if sorted(emulators) != active:
-        yield f"QEMU runs for {sorted(emulators)}, libvirt's active domains are {active}"
+        yield f"QEMU runs for {sorted(emulators)} on {host}, libvirt's active domains are {active}"
 
 
 def _command_lines() -> Iterator[list[str]]:
@@ -169,23 +223,26 @@ def _command_lines() -> Iterator[list[str]]:
 
 
 def _leftovers(site: Site, played: Played) -> Iterator[str]:
-    yield from _files(site, played)
+    for host in site.hosts:
+        yield from _files(site, host, played)
     yield from _records(site, played)
 
 
-def _files(site: Site, played: Played) -> Iterator[str]:
-    data = site.host.data
-    known = {str(one.uuid) for one in site.client.registry.instances(HOST)}
+def _files(site: Site, host: str, played: Played) -> Iterator[str]:
+    data = site.hosts[host].data
+    known = {str(one.uuid) for one in site.client.registry.instances(host)}
     folders = sorted(data.glob("instances/*"))
-    present = {folder.name for folder in folders}
+    present = {folder.name for folder in folders if not folder.name.endswith(ASIDE)}
     if present != known:
-        yield f"folders of instances {sorted(present)}, the registry knows {sorted(known)}"
-    gone = site.power(played.instance) is PowerState.MISSING
+        yield f"folders of instances on {host} {sorted(present)}, the registry knows {sorted(known)}"
+    gone = site.power(played.instance, host) is PowerState.MISSING
     if gone and played.record.uuid in present | known:
         yield f"{played.instance} is gone, but not without a trace: folder or registry entry {played.record.uuid}"
-    left = [*data.glob("tmp/*"), *data.glob("operations/*"), *data.glob("instances/*/.*.tmp"), *data.glob("images/.*")]
+    left = [path for place in PASSING for path in data.glob(place)]
+    left += [path for path in data.glob("instances/*/.*") if not path.name.startswith((".lock", ".handover."))]
     yield from (f"left behind: {path}" for path in left)
-    yield from (f"locked: {folder}" for folder in folders if _is_locked(folder / ".lock"))
+    locks = [*data.glob("instances/*/.lock"), *data.glob(".*.lock")]
+    yield from (f"locked: {lock}" for lock in locks if _is_locked(lock))
 
 
 def _is_locked(path: Path) -> bool:
@@ -205,7 +262,7 @@ def _records(site: Site, played: Played) -> Iterator[str]:
         yield from (f"left in Redis: {key}" for key in redis.scan_iter(pattern))
     if redis.zscore(keys.ATTENTION, operation) is not None:
         yield "the reaper still looks at the operation"
-    for queue in (SHARED_QUEUE, host_queue(HOST, "control"), host_queue(HOST, "disk")):
+    for queue in (SHARED_QUEUE, *(host_queue(host, kind) for host in site.hosts for kind in KINDS)):
         if redis.llen(queue):
             yield f"messages wait in {queue}"
     state = site.client.journal.state(operation)
@@ -223,9 +280,6 @@ def _snapshots(site: Site, played: Played) -> Iterator[str]:
         yield f"published: {[one.id for one in published]}; the operation {played.record.state}"
     for one in published:
         yield from site.snapshot_complaints(one)
-    data = site.host.data
-    left = [*data.glob("snapshots/.*"), *data.glob("reserved/*")]
-    yield from (f"left behind: {path}" for path in left)
     if site.frozen():
         yield "the guest is frozen"
     # libvirt cannot delete the checkpoint of a guest that is off: it goes with the next snapshot.
@@ -247,16 +301,20 @@ def _expected_snapshots(site: Site, played: Played) -> list[str]:
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def _contents(site: Site) -> Iterator[str]:
+def _contents(site: Site, played: Played) -> Iterator[str]:
     markers = site.read_markers()
     yield from (
         f"the pet's {disk} disk holds {found!r}, not {site.markers[disk]!r}"
         for disk, found in markers.items()
         if found != site.markers[disk]
     )
-    for image in site.host.data.glob("images/*.*"):
+    for image in (path for host in site.hosts.values() for path in host.data.glob("images/*.*")):
         if image.suffix != ".json" and _sha256(image) != image.stem:
-            yield f"the base image {image.name} has changed"
+            yield f"the base image {image} has changed"
+    for host in site.hosts if played.scenario.journey else ():
+        is_there = any(site.hosts[host].data.glob(f"instances/{played.record.uuid}*"))  # whether it must be: `_place`
+        if is_there and (found := site.read_contents(played.instance, host)) != site.contents[host]:
+            yield f"the copy on {host} holds {found}, not {site.contents[host]}"
 
 
 def _sha256(path: Path) -> str:

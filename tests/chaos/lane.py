@@ -117,7 +117,7 @@ class Place:
         folder = self._keep / f"round-{what.number}"
         folder.mkdir(parents=True, exist_ok=True)
         for log in [*self._site.folder.glob("*.log"), *self._site.folder.glob("*/*.log")]:
-            shutil.copy(log, folder / log.name)
+            shutil.copy(log, folder / "-".join(log.relative_to(self._site.folder).parts))
 
 
 def main() -> None:

@@ -10,10 +10,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from tests.chaos import faults, scenarios
-from tests.chaos.faults import Fault
+from tests.chaos.faults import Fault, Target
 from tests.chaos.invariants import Played, events_of, violations
 from tests.chaos.scenarios import ADMISSION, UNDO, Scenario
-from tests.chaos.site import PET, Site
+from tests.chaos.site import HOME, PET, Site
+from tests.chaos.watch import Watch
 from tests.lab import LabError
 from worker.engine.record import FINAL, Record, State, StepRecord, StepState
 from worker.models import PowerState
@@ -75,14 +76,14 @@ def combinations(operations: list[str], kinds: list[str], *, as_root: bool) -> l
         for step in scenario.moments
         if (not operations or scenario.name in operations)
         and (not kinds or fault.name in kinds)
-        and (as_root or not fault.as_root)
+        and (as_root or not (fault.as_root or scenario.journey))
         and _makes_sense(scenario, fault, step)
     ]
 
 
 def _makes_sense(scenario: Scenario, fault: Fault, step: str) -> bool:
-    disk = scenario.name.startswith(("spawn", "snapshot")) and step not in scenarios.CONTROL_STEPS
-    return (not fault.needs or disk) and not (step == UNDO and fault.name == "cancel")
+    within_reach = fault.needs in {"", scenario.queue(step)} and (scenario.journey or not fault.between_hosts)
+    return bool(within_reach) and not (step == UNDO and fault.name == "cancel")
 
 
 def drawn(seed: int, number: int, choices: list[tuple[str, str, str]]) -> Round:
@@ -104,17 +105,20 @@ def play(site: Site, what: Round) -> Verdict:
             raise LabError(f"without any fault: {undisturbed.violations}")
     instance = _prepare(site, scenario)
     began, boots, checkpoints = time.time(), site.boots(), frozenset(site.checkpoints())
-    with ExitStack() as relief:
-        site.relief = relief
-        attempt = Attempt(site, scenario, fault, what, instance)
-        record = attempt.run()
-    played = Played(
-        scenario, fault, instance, record, attempt.logs, what.step == UNDO, attempt.forgotten, boots, checkpoints
-    )
+    with Watch(site.hosts.values() if scenario.journey else [], instance) as watch:
+        with ExitStack() as relief:
+            site.relief = relief
+            attempt = Attempt(site, scenario, fault, what, instance)
+            record = attempt.run()
+        played = Played(
+            scenario, fault, instance, record, attempt.logs, what.step == UNDO, attempt.forgotten, boots, checkpoints
+        )
+        found = [*attempt.complaints, *violations(site, played)]
+    found += watch.complaints()
     if not fault:
         site.usual[scenario.name] = _durations(record, began)
-    found = [*attempt.complaints, *violations(site, played)]
-    _clean_up(site, scenario, instance)
+    if not found:  # else the site is given up
+        _clean_up(site, scenario, instance)
     seconds = (record.ended_at or time.time()) - began
     recovery = attempt.recovery(record)
     back = site.ready_since() - attempt.struck if fault and fault.by_lease else None
@@ -199,9 +203,11 @@ class Attempt:
     def _strike(self) -> None:
         assert self.fault
         record = self._look()
-        self.hit = _running_step(record) if record else "all"
+        step = _running_step(record, self.what.step) if record else None
+        self.hit = _told(record, step) if record else "all"
+        hosts = tuple(self.site.hosts) if self.scenario.journey else (HOME,)
         self.struck = time.time()
-        self.fault.strike(self.site, self.operation)
+        self.fault.strike(self.site, Target(self.operation, step.plan.host if step else HOME, hosts))
 
     def _look(self) -> Record | None:
         record = self.site.client.journal.find(self.operation)
@@ -251,12 +257,21 @@ def _has_begun(step: StepRecord) -> bool:
     return step.state is not StepState.PENDING
 
 
-def _running_step(record: Record) -> str:
+def _running_step(record: Record, aimed_at: str) -> StepRecord | None:
+    """The step that runs now, or is next; of several side by side the one that is aimed at."""
+    if record.state in FINAL:
+        return None
+    steps = reversed(record.undo_steps) if record.state is State.UNDOING else record.steps.values()
+    left = [step for step in steps if step.state is not StepState.DONE]
+    return next((step for step in left if step.key == aimed_at), left[0] if left else None)
+
+
+def _told(record: Record, step: StepRecord | None) -> str:
     if record.state in FINAL:
         return "ended"
     if record.state is State.UNDOING:
         return UNDO
-    return next((step.key for step in record.steps.values() if step.state is not StepState.DONE), "end")
+    return step.key if step else "end"
 
 
 def _prepare(site: Site, scenario: Scenario) -> str:
@@ -273,13 +288,16 @@ def _prepare(site: Site, scenario: Scenario) -> str:
     site.fresh_image()
     name = f"g{uuid.uuid4().hex[:6]}"
     if scenario.subject == "victim":
-        site.run(scenarios.BY_NAME["spawn"].task, **scenarios.BY_NAME["spawn"].request(site.ground(name)))
+        site.spawn_victim(name, scenario)
     return name
 
 
 def _clean_up(site: Site, scenario: Scenario, instance: str) -> None:
-    if scenario.subject != "pet" and site.power(instance) is not PowerState.MISSING:
+    known = site.client.registry.find(instance)
+    if scenario.subject != "pet" and known:
         site.wait_serving()
-        site.run("virtfleet.destroy", instance=instance, host=site.host.name)
+        if known.move:
+            site.run("virtfleet.confirm", instance=instance)
+        site.run("virtfleet.destroy", instance=instance)
     site.drop_images()
     site.drop_snapshots()

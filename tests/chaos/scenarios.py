@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Literal
 
+from tasks.steps import destroy, migrate, power, provision, resize, snapshots
+from worker.engine import undo
+from worker.engine.step import Step
 from worker.models import PowerState
+from worker.settings import RootDisk
 
 Subject = Literal["pet", "victim", "new"]
 """Whom the operation is about: the guest that lives through all rounds and has written to its disks, one that was
@@ -17,16 +22,50 @@ MISSING, OFF, RUNNING, PAUSED = PowerState.MISSING, PowerState.OFF, PowerState.R
 ADMISSION = "admission"
 UNDO = "undo"
 
+QUEUES = {
+    made.name: made.queue
+    for module in (destroy, migrate, power, provision, resize, snapshots, undo)
+    for made in vars(module).values()
+    if isinstance(made, Step)
+}
+"""The queue of each step that operations are made of."""
+
+
+class Whereabouts(StrEnum):
+    """On which of two hosts an instance is, and whether its former copy is still kept."""
+
+    UNMOVED = "at home, and not on the other host"
+    MOVED = "on the other host, its former copy set aside at home"
+    SETTLED = "on the other host, and no more at home"
+
+
+@dataclass(frozen=True)
+class Journey:
+    """From where to where an operation on two hosts brings an instance; `undone` as in `Scenario`."""
+
+    before: Whereabouts
+    after: Whereabouts
+    undone: frozenset[Whereabouts]
+
+
+UNMOVED, MOVED, SETTLED = Whereabouts.UNMOVED, Whereabouts.MOVED, Whereabouts.SETTLED
+
 
 @dataclass(frozen=True)
 class Ground:
-    """What a request can name: the host, the instance, images below the host's image roots, a published snapshot."""
+    """What a request can name: the host, the instance, images below the host's image roots, a published snapshot, and
+    the other host."""
 
     host: str
     instance: str
     blank_image: str
     guest_image: str
     snapshot: str = ""
+    other: str = ""
+
+
+Asks = Callable[[Ground], dict[str, Any]]
+"""Makes a request's arguments."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +74,8 @@ class Scenario:
 
     `undone` are the states in which it may leave the guest when it failed or was cancelled. `cancel_at` is the step
     during which it is cancelled when its undo is to be disturbed; empty where nothing is undone. `needs_space`: it
-    may fail on a full disk. `needs_snapshot`: one of the pet has been published before.
+    may fail on a full disk. `needs_snapshot`: one of the pet has been published before. `journey`: it is about two
+    hosts; the states are those of the guest where it runs. `root_disk`: a victim's.
     """
 
     name: str
@@ -45,15 +85,22 @@ class Scenario:
     after: PowerState
     undone: frozenset[PowerState]
     steps: tuple[str, ...]
-    request: Callable[[Ground], dict[str, Any]]
+    request: Asks
     cancel_at: str = ""
     needs_space: bool = False
     needs_snapshot: bool = False
+    journey: Journey | None = None
+    root_disk: RootDisk = "raw"
 
     @property
     def moments(self) -> tuple[str, ...]:
         """When a fault may strike: as soon as it is admitted, in each step, and while it is undone."""
         return (ADMISSION, *self.steps, *([UNDO] if self.cancel_at else []))
+
+    def queue(self, moment: str) -> str:
+        """The queue of the step that runs then, or that is about to begin."""
+        step = self.steps[0] if moment == ADMISSION else moment
+        return QUEUES[step.partition(":")[0]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +129,7 @@ class Power:
         )
 
 
-def _spawn(image: str, **arguments: Any) -> Callable[[Ground], dict[str, Any]]:
+def _spawn(image: str, **arguments: Any) -> Asks:
     def request(ground: Ground) -> dict[str, Any]:
         fixed = {"name": ground.instance, "host": ground.host, "image": getattr(ground, image)}
         return {**fixed, "ephemeral_gib": [1], **arguments}
@@ -106,14 +153,32 @@ def _snapshot(name: str, *steps: str, cancel_at: str = "extract_snapshot", **arg
     )
 
 
+def _journey(name: str, *steps: str, request: Asks, journey: Journey, **rest: Any) -> Scenario:
+    """A row for an operation on two hosts."""
+    return Scenario(
+        name=name,
+        task=f"virtfleet.{name.partition(' ')[0]}",
+        subject="victim",
+        before=RUNNING,
+        after=RUNNING,
+        undone=frozenset({RUNNING}),
+        steps=steps,
+        request=lambda ground: {"instance": ground.instance, **request(ground)},
+        journey=journey,
+        **rest,
+    )
+
+
 LIVE = ("reserve_space", "live_snapshot", "extract_snapshot", "publish_snapshot")
 COLD = ("reserve_space", "note_power", "managed_save", "extract_snapshot", "restore_power", "publish_snapshot")
-CONTROL_STEPS = frozenset({"spawn_instance", "wait_ready", "note_power", "restore_power", UNDO})
-"""Steps of operations with copies that are no copies themselves."""
-
 PROVISION = ("fetch_image", "create_disks", "build_seed", "spawn_instance", "wait_ready")
 READY = {"wait_for": "console", "console_line": "virtfleet-guest ready", "memory_mib": 256}
 IMPATIENT = {"timeout": 1.5, "retry_interval": 0.5}
+
+
+def _to_other(ground: Ground) -> dict[str, Any]:
+    return {"to": ground.other, **IMPATIENT}
+
 
 SCENARIOS = (
     Scenario(
@@ -200,6 +265,40 @@ SCENARIOS = (
         cancel_at="restore_instance",
         needs_space=True,
         needs_snapshot=True,
+    ),
+    _journey(
+        "migrate",
+        *("describe_source", "preflight", "prepare_destination", "shut_down_source", "set_aside", "prepare_source"),
+        *("copy_disk:root.raw", "fingerprint:root.raw", "verify_disks", "hand_over", "define_destination"),
+        *("start_destination", "release", "take_over"),
+        journey=Journey(UNMOVED, MOVED, undone=frozenset({UNMOVED})),
+        request=_to_other,
+        cancel_at="start_destination",
+        needs_space=True,
+    ),
+    _journey(
+        "migrate over NBD",
+        *("lend:base", "prepare_destination", "lend:disks", "copy_disk:root.qcow2"),
+        journey=Journey(UNMOVED, MOVED, undone=frozenset({UNMOVED})),
+        request=lambda ground: {**_to_other(ground), "transport": "nbd"},
+        cancel_at="copy_disk:root.qcow2",
+        needs_space=True,
+        root_disk="overlay",
+    ),
+    _journey(
+        "confirm",
+        *("prove_here", "remove_leftover", "settle"),
+        journey=Journey(MOVED, SETTLED, undone=frozenset({MOVED, SETTLED})),
+        request=lambda _: {},
+    ),
+    _journey(
+        "revert",
+        *("prove_source", "describe_destination", "shut_down_destination", "leave_destination", "return_source"),
+        *("start_source", "release_destination", "take_back"),
+        journey=Journey(MOVED, UNMOVED, undone=frozenset({MOVED})),
+        request=lambda _: IMPATIENT,
+        cancel_at="start_source",
+        needs_space=True,
     ),
 )
 

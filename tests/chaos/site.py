@@ -1,14 +1,15 @@
-"""Where a round is played: a fleet of one host with its supervisor, the guest that lives through all rounds, and a
+"""Where a round is played: a fleet of two hosts with its supervisor, the guest that lives through all rounds, and a
 client."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, cast
@@ -17,7 +18,8 @@ from uuid import uuid4
 import libvirt
 import libvirt_qemu
 
-from tests.chaos.scenarios import Ground
+from tests.chaos import scenarios
+from tests.chaos.scenarios import Ground, Scenario, Whereabouts
 from tests.conftest import settings
 from tests.lab import Fleet, LabError, LabHost, guest_image, wait_until
 from tests.lab.fleet import KINDS, WorkerKind
@@ -31,13 +33,16 @@ from worker.images.checksum import checksum_of
 from worker.images.layout import DataDir
 from worker.models import PowerState, Snapshot
 
-HOST = "chaos"
+HOME, AWAY = "chaos", "chaosb"
+HOSTS = (HOME, AWAY) if os.geteuid() == 0 else (HOME,)
+"""Only root can lay a cable between hosts. All rounds but those of operations on two hosts take place at home."""
+
 PET = "pet"
 RESTART_SEC = 1.0
 """A supervisor, as systemd, starts an ended worker again after so long."""
 
 MIB = 1024**2
-DATA_SIZE = "768m"
+DATA_SIZES = {HOME: "768m", AWAY: "256m"}
 IMAGE_SIZE = 48 * MIB
 """As large as copying it takes long enough to be disturbed."""
 
@@ -49,6 +54,13 @@ ENVIRONMENT = {
     "reserve_bytes": 8 * MIB,
 }
 """Everything that waits waits shorter, so that a round takes seconds."""
+
+Contents = dict[str, str]
+"""By file name, a digest of what a disk holds."""
+
+SCRIBBLES = {HOME: 0x5A, AWAY: 0xA5}
+SCRIBBLE_AT, SCRIBBLE_BYTES = 16 * MIB, 2 * MIB
+"""What a guest that moves writes to its disks, by the host it is on, and where."""
 
 BOOTING = "virtfleet-guest booting"
 MARKED = "chaos disks marked"
@@ -95,7 +107,7 @@ _STATES = {
 class Supervisor(threading.Thread):
     """Starts workers again that have ended, and remembers when which process ended (monotonic seconds)."""
 
-    def __init__(self, workers: dict[WorkerKind, Process]) -> None:
+    def __init__(self, workers: Collection[Process]) -> None:
         super().__init__(name="supervisor", daemon=True)
         self.deaths: dict[int, float] = {}
         self._unexpected = 0
@@ -105,7 +117,7 @@ class Supervisor(threading.Thread):
 
     def run(self) -> None:
         while not self._ended.wait(0.1):
-            for worker in self._workers.values():
+            for worker in self._workers:
                 if not worker.alive:
                     self._again(worker)
 
@@ -141,25 +153,29 @@ class Site:
         self.folder = folder
         self.freeze_seconds = freeze_seconds
         self.lease_ttl = lease_ttl
-        self.fleet = Fleet(folder, [HOST])
-        self.host: LabHost = self.fleet.hosts[HOST]
+        self.fleet = Fleet(folder, HOSTS, networked=AWAY in HOSTS)
+        self.hosts = self.fleet.hosts
+        self.home: LabHost = self.hosts[HOME]
         self.relief = ExitStack()
         self.markers: dict[str, bytes] = {}
         self.usual: dict[str, dict[str, float]] = {}
         self.kept = ""
+        self.contents: dict[str, Contents] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         with self._stack:
             self._stack.enter_context(settings(**ENVIRONMENT, lease_ttl=self.lease_ttl, redis_url=self.fleet.redis.url))
-            # Before the host boots, whose mounts are a copy; away before its folder is removed.
-            mounted = _mount_small_disk(self.host.data)
+            # Before the hosts boot, whose mounts are a copy; away before their folders are removed.
+            mounted = [host.data for host in self.hosts.values() if _mount_small_disk(host.data, DATA_SIZES[host.name])]
             self._stack.enter_context(self.fleet)
-            if mounted:
-                self._stack.callback(_unmount, self.host.data)
+            for folder in mounted:
+                self._stack.callback(_unmount, folder)
             self.client = Client()
-            self.workers: dict[WorkerKind, Process] = {kind: self.fleet.worker(HOST, kind) for kind in KINDS}
-            self.supervisor = Supervisor(self.workers)
+            self.workers: dict[tuple[str, WorkerKind], Process] = {
+                (host, kind): self.fleet.worker(host, kind) for host in self.hosts for kind in KINDS
+            }
+            self.supervisor = Supervisor(self.workers.values())
             self.supervisor.start()
             self._stack.callback(self.supervisor.stop)
             self._lay_out_images()
@@ -173,39 +189,76 @@ class Site:
     # --- guests ---------------------------------------------------------------------------------------------------
 
     def ground(self, instance: str) -> Ground:
-        images = self.host.images
-        return Ground(HOST, instance, str(images / "blank.raw"), str(images / "guest.qcow2"), self.kept)
+        images = self.home.images
+        return Ground(HOME, instance, str(images / "blank.raw"), str(images / "guest.qcow2"), self.kept, AWAY)
 
     def fresh_image(self) -> None:
         """Give the blank image another content, so that it has to be fetched."""
-        (self.host.images / "blank.raw").write_bytes(HALTING_MBR + os.urandom(IMAGE_SIZE - len(HALTING_MBR)))
+        (self.home.images / "blank.raw").write_bytes(HALTING_MBR + os.urandom(IMAGE_SIZE - len(HALTING_MBR)))
 
     def drop_images(self) -> None:
-        """Take out of the host's cache what only this round used."""
-        for image in self.host.data.glob("images/*.raw"):
-            image.unlink()
-            image.with_suffix(".json").unlink(missing_ok=True)
+        """Take out of the hosts' caches what only this round used."""
+        for host in self.hosts.values():
+            for image in host.data.glob("images/*.raw"):
+                image.unlink()
+                image.with_suffix(".json").unlink(missing_ok=True)
 
-    def domains(self) -> dict[str, PowerState]:
-        """All domains of the host by name, asked from libvirt itself."""
-        with self._connected() as connection:
+    def domains(self, host: str = HOME) -> dict[str, PowerState]:
+        """All domains of a host by name, asked from libvirt itself."""
+        with self._connected(host) as connection:
             found = connection.listAllDomains()
             return {domain.name(): _STATES[domain.state()[0]] for domain in found}
 
-    def power(self, instance: str) -> PowerState:
-        return self.domains().get(instance, PowerState.MISSING)
+    def power(self, instance: str, host: str = HOME) -> PowerState:
+        return self.domains(host).get(instance, PowerState.MISSING)
 
-    def transient(self) -> list[str]:
-        with self._connected() as connection:
+    def transient(self, host: str) -> list[str]:
+        with self._connected(host) as connection:
             return [domain.name() for domain in connection.listAllDomains() if not domain.isPersistent()]
 
-    def jobs(self) -> list[str]:
+    def jobs(self, host: str) -> list[str]:
         """Jobs of guests that run: of the domain or of one of its disks."""
-        with self._connected() as connection:
+        with self._connected(host) as connection:
             active = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
             return [domain.name() for domain in active if domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE] + [
                 f"{domain.name()}: {disk}" for domain in active for disk in ("vda", "vdb") if _block_job(domain, disk)
             ]
+
+    def spawn_victim(self, name: str, scenario: Scenario) -> None:
+        """Have a guest for this round, by undisturbed operations; for one on two hosts, where it begins."""
+        spawn = scenarios.BY_NAME["spawn"]
+        self.run(spawn.task, **{**spawn.request(self.ground(name)), "root_disk": scenario.root_disk})
+        if scenario.journey:
+            self._set_out(name, scenario.journey.before)
+
+    def _set_out(self, name: str, where: Whereabouts) -> None:
+        """Bring the guest there; each host's copy of it, if there are two, has another content."""
+        self.contents[HOME] = self.contents[AWAY] = self._scribbled(name, HOME)
+        if where is Whereabouts.MOVED:
+            self.run("virtfleet.migrate", instance=name, to=AWAY, timeout=0)
+            self.contents[AWAY] = self._scribbled(name, AWAY)
+
+    def _scribbled(self, name: str, host: str) -> Contents:
+        """Put data on all disks of a guest that runs, as if it had written there itself; what they hold then."""
+        before = self.read_contents(name, host)
+        with self._connected(host) as connection:
+            domain = connection.lookupByName(name)
+            for disk in _writable_disks(domain):
+                write = f'qemu-io -d {disk} "write -f -P {SCRIBBLES[host]} {SCRIBBLE_AT} {SCRIBBLE_BYTES}"'
+                said = libvirt_qemu.qemuMonitorCommand(domain, write, libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP)
+                if said:
+                    raise LabError(f"{name} cannot write to its disk {disk}: {said}")
+        after = self.read_contents(name, host)
+        if any(after[disk] == before[disk] for disk in before):
+            raise LabError(f"{name} has not written to its disks: they hold {after}")
+        return after
+
+    def read_contents(self, name: str, host: str) -> Contents:
+        """What a host's copy of an instance holds, set aside or not: a digest of each disk's beginning."""
+        uuid, data = str(self.client.registry.require(name).uuid), DataDir(self.hosts[host].data)
+        folder = next((one.path for one in (data.instance(uuid), data.aside(uuid)) if one.spec.exists()), None)
+        disks = sorted([*folder.glob("root.*"), *folder.glob("ephemeral*.qcow2")]) if folder else []
+        return {disk.name: hashlib.sha256(_extent(disk, 0, IMAGE_SIZE, self.folder)).hexdigest() for disk in disks}
 
     def bring(self, instance: str, wanted: PowerState) -> None:
         """Bring a guest into a state, by undisturbed operations."""
@@ -234,17 +287,22 @@ class Site:
 
     def wait_serving(self) -> None:
         """Wait until Redis has heard of the workers that run now, and of the guests."""
-        wait_until(self._serves, 60, "both workers and the guest are known", self.workers["control"].log)
+        wait_until(self._serves, 60, "all workers and the guest are known", self.workers[HOME, "control"].log)
 
     def ready_since(self) -> float:
         """When the latest of the workers was ready, in seconds since the epoch."""
         self.wait_serving()
-        return max(float(facts["since"]) for facts in self.client.registry.alive(HOST).values())
+        return max(float(facts["since"]) for facts in self._alive().values())
 
     def _serves(self) -> bool:
-        heard = {kind: facts["pid"] for kind, facts in self.client.registry.alive(HOST).items()}
-        serving = heard == {kind: worker.pid for kind, worker in self.workers.items()}
+        heard = {worker: facts["pid"] for worker, facts in self._alive().items()}
+        serving = heard == {worker: process.pid for worker, process in self.workers.items()}
         return serving and self.client.registry.find(PET) is not None
+
+    def _alive(self) -> dict[tuple[str, WorkerKind], dict[str, Any]]:
+        """What each worker says of itself."""
+        alive = self.client.registry.alive
+        return {(host, kind): facts for host in self.hosts for kind, facts in alive(host).items()}
 
     def send(self, task: str, **arguments: Any) -> None:
         """Ask as a scheduler does, which knows nothing but the task's name."""
@@ -253,7 +311,7 @@ class Site:
     def read_markers(self) -> dict[str, bytes]:
         """What the pet has written to its disks, as it is on the host now."""
         uuid = str(self.client.registry.require(PET).uuid)
-        folder = self.host.data / "instances" / uuid
+        folder = self.home.data / "instances" / uuid
         return {
             "root": _sector(folder / "root.qcow2", 64 * MIB // 512, self.folder),
             "ephemeral": _sector(folder / "ephemeral0.qcow2", 0, self.folder),
@@ -261,11 +319,11 @@ class Site:
 
     def published(self) -> list[Snapshot]:
         """The snapshots that lie on the host."""
-        return snapshots.every(DataDir(self.host.data))
+        return snapshots.every(DataDir(self.home.data))
 
     def snapshot_complaints(self, snapshot: Snapshot) -> Iterator[str]:
         """What is wrong with the content of a published snapshot."""
-        folder = DataDir(self.host.data).snapshot(snapshot.id).path
+        folder = DataDir(self.home.data).snapshot(snapshot.id).path
         for disk in snapshot.disks:
             if checksum_of(folder / disk.file) != disk.checksum:
                 yield f"{snapshot.id}: the checksum of {disk.target} is wrong"
@@ -289,12 +347,12 @@ class Site:
         """Delete all of them, by undisturbed operations."""
         for snapshot in reversed(self.published()):
             self.wait_serving()
-            self.client.sync(HOST)
+            self.client.sync(HOME)
             self.run("virtfleet.snapshot_delete", snapshot=snapshot.id)
 
     def checkpoints(self) -> list[str]:
         """Names of the pet's checkpoints."""
-        with self._connected() as connection:
+        with self._connected(HOME) as connection:
             return [str(one.getName()) for one in connection.lookupByName(PET).listAllCheckpoints()]
 
     def boots(self) -> int:
@@ -309,7 +367,7 @@ class Site:
 
     def _console(self) -> str:
         uuid = str(self.client.registry.require(PET).uuid)
-        log = self.host.data / "instances" / uuid / "console.log"
+        log = self.home.data / "instances" / uuid / "console.log"
         return log.read_text(errors="replace")
 
     def frozen(self) -> bool:
@@ -318,7 +376,7 @@ class Site:
 
     def _agent_says(self, command: str) -> object:
         """What the pet's agent answers; None while it is off or boots."""
-        with self._connected() as connection, suppress(libvirt.libvirtError):
+        with self._connected(HOME) as connection, suppress(libvirt.libvirtError):
             answer = libvirt_qemu.qemuAgentCommand(connection.lookupByName(PET), json.dumps({"execute": command}), 5, 0)
             return cast("object", json.loads(answer)["return"])
         return None
@@ -330,21 +388,21 @@ class Site:
     # --- set-up ---------------------------------------------------------------------------------------------------
 
     def _lay_out_images(self) -> None:
-        guest = self.host.images / "guest.qcow2"
+        guest = self.home.images / "guest.qcow2"
         guest.write_bytes(guest_image().read_bytes())
         self.fresh_image()
 
     def _spawn_pet(self) -> None:
-        request = {"name": PET, "image": str(self.host.images / "guest.qcow2"), "ephemeral_gib": [1, 1]}
+        request = {"name": PET, "image": str(self.home.images / "guest.qcow2"), "ephemeral_gib": [1, 1]}
         ready = {"memory_mib": 256, "wait_for": "console", "console_line": MARKED}
-        self.run("virtfleet.spawn", host=HOST, user_data=USER_DATA, **request, **ready)
+        self.run("virtfleet.spawn", host=HOME, user_data=USER_DATA, **request, **ready)
         self.markers = self.read_markers()
         if not all(marker.startswith(b"marker ") for marker in self.markers.values()):
             raise LabError(f"the guest has not marked its disks: {self.markers}")
 
     @contextmanager
-    def _connected(self) -> Iterator[libvirt.virConnect]:
-        connection = libvirt.open(self.host.uri)
+    def _connected(self, host: str) -> Iterator[libvirt.virConnect]:
+        connection = libvirt.open(self.hosts[host].uri)
         try:
             yield connection
         finally:
@@ -352,12 +410,12 @@ class Site:
                 connection.close()
 
 
-def _mount_small_disk(folder: Path) -> bool:
+def _mount_small_disk(folder: Path, size: str) -> bool:
     """As root, put a small filesystem there, which can be filled; whether that was done."""
     if os.geteuid() != 0:
         return False
     folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DATA_SIZE},mode=755", "tmpfs", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=755", "tmpfs", str(folder)], check=True)
     return True
 
 
@@ -371,9 +429,20 @@ def _block_job(domain: libvirt.virDomain, disk: str) -> bool:
     return False
 
 
+def _writable_disks(domain: libvirt.virDomain) -> list[str]:
+    """QEMU's names for a guest's disks, but for what can only be read."""
+    answer = json.loads(libvirt_qemu.qemuMonitorCommand(domain, json.dumps({"execute": "query-block"}), 0))
+    return [disk["qdev"] for disk in answer["return"] if "inserted" in disk and not disk["inserted"]["ro"]]
+
+
 def _sector(disk: Path, number: int, scratch: Path) -> bytes:
-    out = scratch / "sector"
+    return _extent(disk, number * 512, 512, scratch).rstrip(b"\0")
+
+
+def _extent(disk: Path, start: int, size: int, scratch: Path) -> bytes:
+    """Bytes of a disk as the guest reads them."""
+    out, form = scratch / "extent", disk.suffix.removeprefix(".")
     # Not `qemu-img dd`: what its count means together with skip has changed over versions.
-    place = f"driver=raw,offset={number * 512},size=512,file.driver=qcow2,file.file.filename={disk}"
+    place = f"driver=raw,offset={start},size={size},file.driver={form},file.file.filename={disk}"
     subprocess.run(["qemu-img", "convert", "-U", "--image-opts", place, "-O", "raw", str(out)], check=True)
-    return out.read_bytes().rstrip(b"\0")
+    return out.read_bytes()

@@ -18,7 +18,9 @@ from tests.chaos.lane import Lane
 from tests.chaos.rounds import Round, Verdict
 from tests.lab import lab_folder
 
-NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk that is small enough to fill")
+NEEDS_ROOT = pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root can mount a disk that is small enough to fill, and lay a cable between hosts"
+)
 
 # operation, fault, step, share of the step's usual time after which the fault strikes
 QUICK = [
@@ -32,6 +34,7 @@ QUICK = [
     ("snapshot by backup", "SIGKILL pool child", "live_snapshot", 0.3),
     ("snapshot cold", "SIGKILL control worker", "managed_save", 0.3),
     ("destroy", "SIGKILL control worker", "destroy_instance", 0.5),
+    ("migrate", "SIGKILL disk worker", "copy_disk:root.raw", 0.5),
 ]
 THOROUGH = [
     ("spawn", "messages doubled", "admission", 0.0),
@@ -62,6 +65,36 @@ THOROUGH = [
     ("snapshot restore", "SIGKILL pool child", "restore_disks", 0.5),
     ("snapshot restore", "SIGKILL disk worker", "restore_seed", 0.3),
     ("snapshot restore", "cancel", "restore_instance", 0.3),
+    ("migrate", "SIGSTOP disk worker", "describe_source", 0.3),
+    ("migrate", "FLUSHALL, SIGKILL both", "preflight", 0.5),
+    ("migrate", "SIGKILL pool child", "prepare_destination", 0.5),
+    ("migrate", "SIGKILL QEMU", "shut_down_source", 0.3),
+    ("migrate", "SIGKILL control worker", "set_aside", 0.3),
+    ("migrate", "SIGTERM disk worker", "prepare_source", 0.3),
+    ("migrate", "disk full", "copy_disk:root.raw", 0.3),
+    ("migrate", "SIGKILL disk worker", "fingerprint:root.raw", 0.5),
+    ("migrate", "SIGKILL Redis", "verify_disks", 0.3),
+    ("migrate", "SIGKILL control worker", "hand_over", 0.3),
+    ("migrate", "SIGKILL libvirtd", "define_destination", 0.3),
+    ("migrate", "SIGSTOP control worker", "start_destination", 0.5),
+    ("migrate", "FLUSHALL, SIGKILL both", "release", 0.3),
+    ("migrate", "FLUSHALL, SIGKILL one host", "take_over", 0.3),
+    ("migrate", "SIGKILL control worker", "undo", 0.3),
+    ("migrate over NBD", "SIGKILL control worker", "lend:base", 0.5),
+    ("migrate over NBD", "SIGKILL disk worker", "prepare_destination", 0.5),
+    ("migrate over NBD", "SIGTERM control worker", "lend:disks", 0.5),
+    ("migrate over NBD", "cables cut", "copy_disk:root.qcow2", 0.5),
+    ("confirm", "SIGKILL disk worker", "prove_here", 0.3),
+    ("confirm", "SIGKILL disk worker", "remove_leftover", 0.3),
+    ("confirm", "FLUSHALL", "settle", 0.3),
+    ("revert", "SIGKILL disk worker", "prove_source", 0.5),
+    ("revert", "SIGKILL pool child", "describe_destination", 0.3),
+    ("revert", "cancel", "shut_down_destination", 0.5),
+    ("revert", "SIGKILL libvirtd", "leave_destination", 0.3),
+    ("revert", "SIGKILL control worker", "return_source", 0.3),
+    ("revert", "SIGSTOP libvirtd", "start_source", 0.5),
+    ("revert", "FLUSHALL, SIGKILL both", "release_destination", 0.3),
+    ("revert", "SIGKILL control worker", "take_back", 0.3),
 ]
 CHOSEN = QUICK + THOROUGH
 
@@ -103,7 +136,7 @@ def verdicts(request: pytest.FixtureRequest) -> Iterator[Verdicts]:
             Round(number, *row),
             id="-".join(row[:3]).replace(",", "").replace(" ", "_"),
             marks=[
-                *([NEEDS_ROOT] if faults.BY_NAME[row[1]].as_root else []),
+                *([NEEDS_ROOT] if faults.BY_NAME[row[1]].as_root or scenarios.BY_NAME[row[0]].journey else []),
                 *([pytest.mark.thorough] if row in THOROUGH else []),
             ],
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,23 +13,24 @@ from typing import Any
 from tests.chaos import faults, scenarios
 from tests.chaos.invariants import Played, executions
 from tests.chaos.rounds import combinations, drawn
-from worker.engine.record import Record, State
+from tests.chaos.watch import PAUSE, Watch
+from worker.engine.record import Record, Stages, State, StepPlan
 
 OPERATION = "op-1"
 NOBODY = 2**22 + 1  # above the largest pid of a 64-bit Linux
 
 
 def complaints(
-    tmp_path: Path, *events: tuple[str, int, int, float], deaths: dict[int, float] | None = None
+    tmp_path: Path, *events: tuple[Any, ...], deaths: dict[int, float] | None = None, stages: Stages = ()
 ) -> list[str]:
-    """What is said of a log that tells of these events: name, fence, pid, time."""
+    """What is said of a log that tells of these events: name, fence, pid, time, and the step if it is another one."""
     log = tmp_path / "worker.log"
     lines = [
-        {"event": name, "operation": OPERATION, "step": "copy", "fence": fence, "pid": pid, "at": at}
-        for name, fence, pid, at in events
+        {"event": name, "operation": OPERATION, "step": "".join(step) or "copy", "fence": fence, "pid": pid, "at": at}
+        for name, fence, pid, at, *step in events
     ]
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    record = Record(OPERATION, "virtfleet.spawn", {}, "guest", "", "host", State.SUCCEEDED)
+    record = Record(OPERATION, "virtfleet.spawn", {}, "guest", "", "host", State.SUCCEEDED, stages)
     site: Any = SimpleNamespace(supervisor=SimpleNamespace(deaths=deaths or {}))
     return list(executions(site, Played(scenarios.SCENARIOS[0], None, "guest", record, {log: 0})))
 
@@ -49,12 +52,53 @@ def test_a_killed_executor_counts_until_its_death(tmp_path: Path) -> None:
     assert complaints(tmp_path, *events, deaths={NOBODY: 3.5}) != []
 
 
+def test_only_steps_side_by_side_may_run_at_the_same_time(tmp_path: Path) -> None:
+    beside = (StepPlan("copy", "copy", "chaosb", "disk"), StepPlan("lend", "lend", "chaos", "control"))
+    events = [
+        ("begins", 1, 10, 1.0),
+        ("begins", 2, 11, 2.0, "lend"),
+        ("ends", 1, 10, 3.0),
+        ("ends", 2, 11, 4.0, "lend"),
+    ]
+    assert complaints(tmp_path, *events, stages=(beside,)) == []
+    assert complaints(tmp_path, *events, stages=((beside[0],), (beside[1],))) != []
+    again = ("begins", 3, 12, 2.5), ("ends", 3, 12, 2.7)
+    assert complaints(tmp_path, *events, *again, stages=(beside,)) != []
+
+
 def test_an_executor_that_outlives_the_others_is_seen(tmp_path: Path) -> None:
     assert complaints(tmp_path, ("begins", 1, os.getpid(), 1), ("begins", 2, 11, 2), ("ends", 2, 11, 3)) != []
 
 
 def test_an_empty_log_proves_nothing(tmp_path: Path) -> None:
     assert complaints(tmp_path) == ["the operation succeeded, but no log tells of an executor"]
+
+
+class Showing:
+    """A host on which a guest's QEMU is, or is not, with each look."""
+
+    def __init__(self, name: str, *pids: int | None) -> None:
+        self.name = name
+        self._pids = itertools.chain(pids, itertools.repeat(pids[-1]))
+
+    def find_qemu(self, domain: str) -> int | None:
+        return next(self._pids)
+
+
+def seen_on(*hosts: Showing) -> list[str]:
+    watched: Any = hosts
+    with Watch(watched, "guest") as watch:
+        time.sleep(2.5 * PAUSE)
+    return watch.complaints()
+
+
+def test_a_guest_on_two_hosts_at_once_is_seen() -> None:
+    assert "QEMU ran guest on chaos and chaosb at once" in seen_on(Showing("chaos", 1), Showing("chaosb", 2))[0]
+
+
+def test_a_guest_that_has_gone_from_one_host_to_the_other_is_not_complained_of() -> None:
+    assert seen_on(Showing("chaos", 1, None), Showing("chaosb", 2)) == []
+    assert seen_on(Showing("chaos", None), Showing("chaosb", 2)) == []
 
 
 def test_the_same_seed_chooses_the_same_rounds() -> None:
@@ -73,4 +117,5 @@ def test_every_fault_meets_every_operation() -> None:
     choices = combinations([], [], as_root=True)
     for scenario in scenarios.SCENARIOS:
         met = {fault for operation, fault, _ in choices if operation == scenario.name}
-        assert met >= {fault.name for fault in faults.FAULTS if not fault.needs}
+        wanted = {fault.name for fault in faults.FAULTS if not fault.needs}
+        assert met >= {name for name in wanted if scenario.journey or not faults.BY_NAME[name].between_hosts}

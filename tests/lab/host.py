@@ -155,11 +155,18 @@ class LabHost:
 
     def qemu_pid(self, domain: str) -> int:
         """Pid of a running guest's QEMU, as seen by this process; raises LabError if it does not run."""
+        pid = self.find_qemu(domain)
+        if pid is None:
+            raise LabError(f"no QEMU of a guest {domain} runs on {self.name}\n{self.log_tail()}")
+        return pid
+
+    def find_qemu(self, domain: str) -> int | None:
+        """Pid of a guest's QEMU, as seen by this process, if it runs."""
         option = f"guest={domain.replace(',', ',,')},"
         for pid in self.processes():
             if any(word.startswith(option) for word in _command_line(pid)):
                 return pid
-        raise LabError(f"no QEMU of a guest {domain} runs on {self.name}\n{self.log_tail()}")
+        return None
 
     def kill_guest(self, domain: str) -> None:
         """SIGKILL a guest's QEMU: the guest crashes."""
