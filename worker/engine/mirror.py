@@ -32,7 +32,6 @@ LOOK_EVERY = 2.0
 sooner, together with its lease."""
 
 ASIDE = ".set-aside"
-ENDED = ".ended"
 
 UNFINISHED = 5.0
 """Seconds after which a copy that is still being written is taken for one that its writer has left."""
@@ -62,8 +61,10 @@ class Copy:
 class Mirror:
     """The copies on this host."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or get_settings().data_dir / "operations"
+    def __init__(self, data_dir: Path | None = None) -> None:
+        root = data_dir or get_settings().data_dir
+        self.folder = root / "operations"
+        self.ends = root / "ended"
 
     def keep(self, copy: Copy) -> None:
         """Keep or renew a copy; a host whose disk is full keeps none and goes on."""
@@ -74,7 +75,7 @@ class Mirror:
             log.warning("cannot keep a copy of the record", operation=copy.operation, error=str(error))
 
     def _write(self, path: Path, content: str) -> None:
-        unfinished = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             unfinished.touch(mode=0o600)  # requests may hold secrets
             unfinished.write_text(content)
@@ -87,17 +88,15 @@ class Mirror:
 
         And what is noted of operations so old that no host would take them up any more.
         """
-        for pattern, age in (("*.tmp", UNFINISHED), (f"*{ENDED}", get_settings().keep_records)):
-            for path in self.folder.glob(pattern):
-                with contextlib.suppress(FileNotFoundError):
-                    if time.time() - path.stat().st_mtime > age:
-                        path.unlink()
+        _sweep(self.folder, "*.tmp", UNFINISHED)
+        _sweep(self.ends, "*", get_settings().keep_records)
 
     def close(self, operation_id: str, state: State, hosts: Set[str]) -> None:
         """Forget an operation that has ended; of one of several hosts keep how: another one may have an older copy."""
         if len(hosts) > 1 and self.folder.exists():
             with contextlib.suppress(OSError):
-                self._write(self._ended(operation_id), state)
+                self.ends.mkdir(exist_ok=True)
+                self._write(self.ends / operation_id, state)
         self.drop(operation_id)
 
     def drop(self, operation_id: str) -> None:
@@ -108,7 +107,7 @@ class Mirror:
     def ended(self, operation_id: str) -> State | None:
         """How an operation of several hosts has ended, if that is known here."""
         try:
-            return State(self._ended(operation_id).read_text())
+            return State((self.ends / operation_id).read_text())
         except (OSError, ValueError):
             return None
 
@@ -144,8 +143,12 @@ class Mirror:
     def _path(self, operation_id: str) -> Path:
         return self.folder / f"{operation_id}.json"
 
-    def _ended(self, operation_id: str) -> Path:
-        return self.folder / f"{operation_id}{ENDED}"
+
+def _sweep(folder: Path, pattern: str, age: float) -> None:
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > age:
+                path.unlink()
 
 
 class MirrorWatch(threading.Thread):
