@@ -9,10 +9,10 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 from uuid import uuid4
 
 import libvirt
@@ -32,6 +32,8 @@ from worker.images import snapshots
 from worker.images.checksum import checksum_of
 from worker.images.layout import DataDir
 from worker.models import PowerState, Snapshot
+
+T = TypeVar("T")
 
 HOME, AWAY = "chaos", "chaosb"
 HOSTS = (HOME, AWAY) if os.geteuid() == 0 else (HOME,)
@@ -206,21 +208,22 @@ class Site:
     def domains(self, host: str = HOME) -> dict[str, PowerState]:
         """All domains of a host by name, asked from libvirt itself."""
         with self._connected(host) as connection:
-            found = connection.listAllDomains()
-            return {domain.name(): _STATES[domain.state()[0]] for domain in found}
+            return _asked(connection.listAllDomains(), lambda domain: _STATES[domain.state()[0]])
 
     def power(self, instance: str, host: str = HOME) -> PowerState:
         return self.domains(host).get(instance, PowerState.MISSING)
 
     def transient(self, host: str) -> list[str]:
         with self._connected(host) as connection:
-            return [domain.name() for domain in connection.listAllDomains() if not domain.isPersistent()]
+            kept = _asked(connection.listAllDomains(), libvirt.virDomain.isPersistent)
+            return [name for name, persistent in kept.items() if not persistent]
 
     def jobs(self, host: str) -> list[str]:
         """Jobs of guests that run: of the domain or of one of its disks."""
         with self._connected(host) as connection:
             active = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-            return [domain.name() for domain in active if domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE] + [
+            jobs = _asked(active, lambda domain: domain.jobInfo()[0])
+            return [name for name, job in jobs.items() if job != libvirt.VIR_DOMAIN_JOB_NONE] + [
                 f"{domain.name()}: {disk}" for domain in active for disk in ("vda", "vdb") if _block_job(domain, disk)
             ]
 
@@ -421,6 +424,18 @@ def _mount_small_disk(folder: Path, size: str) -> bool:
 
 def _unmount(folder: Path) -> None:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazily: guests still use their disks
+
+
+def _asked(domains: list[libvirt.virDomain], ask: Callable[[libvirt.virDomain], T]) -> dict[str, T]:
+    """What each domain answers, by name; one that has gone since it was listed is left out."""
+    answers = {}
+    for domain in domains:
+        try:
+            answers[domain.name()] = ask(domain)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() not in {libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID}:
+                raise
+    return answers
 
 
 def _block_job(domain: libvirt.virDomain, disk: str) -> bool:
