@@ -84,6 +84,7 @@ THOROUGH = [
     ("migrate over NBD", "SIGKILL disk worker", "prepare_destination", 0.5),
     ("migrate over NBD", "SIGTERM control worker", "lend:disks", 0.5),
     ("migrate over NBD", "cables cut", "copy_disk:root.qcow2", 0.5),
+    ("confirm", "FLUSHALL", "prove_here", 0.0),
     ("confirm", "SIGKILL disk worker", "prove_here", 0.3),
     ("confirm", "SIGKILL disk worker", "remove_leftover", 0.3),
     ("confirm", "FLUSHALL", "settle", 0.3),
