@@ -22,7 +22,7 @@ import structlog
 from worker.engine.connection import shared
 from worker.engine.journal import Journal
 from worker.engine.record import State
-from worker.errors import BrokerUnavailable
+from worker.errors import BrokerUnavailable, OperationNotFound, RecordUnreadable
 from worker.settings import get_settings
 
 log = structlog.get_logger(__name__)
@@ -200,16 +200,15 @@ class MirrorWatch(threading.Thread):
                 elif state is not None or now - self._missing[copy.operation] >= LOOK_EVERY:
                     self._put_back(copy)
             for operation in self._book.held():
-                self._end(operation)
+                if state := self._mirror.ended(operation):
+                    self._end(operation, state)
             return bool(self._missing)
 
-    def _end(self, operation: str) -> None:
+    def _end(self, operation: str, state: State) -> None:
         """End what another host has put back from a copy older than the end that this one knows of."""
-        state = self._mirror.ended(operation)
-        record = self._book.find(operation) if state else None
-        if state and record:
+        with contextlib.suppress(OperationNotFound, RecordUnreadable):  # the reaper tells of one that cannot be read
+            self._book.conclude(self._book.read(operation), state)
             log.warning("put back by another host, but it had ended", operation=operation, state=state.value)
-            self._book.conclude(record, state)
 
     def _put_back(self, copy: Copy) -> None:
         try:
