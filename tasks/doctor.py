@@ -8,7 +8,6 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from celery.exceptions import TimeoutError as NoAnswer
 from celery.result import AsyncResult
 
 from tasks.hosts import sync_host
@@ -16,6 +15,7 @@ from worker.app import app, host_queue
 from worker.compute import doctor, survey
 from worker.compute.local import LocalHost
 from worker.engine import checkup, strays
+from worker.engine.answers import await_end
 from worker.engine.connection import translated
 from worker.engine.journal import journal
 from worker.engine.mirror import Mirror
@@ -100,13 +100,12 @@ def _ask(host: str, *, fix: bool, timeout: float) -> AsyncResult[Any]:
 
 
 def _answer(host: str, asked: AsyncResult[Any], deadline: float) -> list[Finding]:
-    try:
-        with translated():
-            answer = asked.get(timeout=max(deadline - time.monotonic(), 0.1), propagate=False)
-            failed = not asked.successful()  # revoked, when its clock is far ahead of ours
-            asked.forget()
-    except NoAnswer:
+    if not await_end(asked, deadline - time.monotonic()):
         return [_silent(host, "its control worker did not answer in time")]
+    answer: Any = asked.result
+    failed = not asked.successful()  # revoked, when its clock is far ahead of ours
+    with translated():
+        asked.forget()
     if failed:
         return [_silent(host, f"its control worker could not examine it: {answer}")]
     return [Finding.model_validate(finding) for finding in answer]

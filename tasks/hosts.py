@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import structlog
-from celery.exceptions import TimeoutError as NoAnswer
 
 from tasks.steps.confirmation import confirm_when_due
 from worker.app import app, host_queue
@@ -16,6 +15,7 @@ from worker.compute.local import LocalHost
 from worker.compute.snapshots import clean
 from worker.compute.snapshots.watch import HoldWatch
 from worker.engine import strays
+from worker.engine.answers import await_end
 from worker.engine.connection import translated
 from worker.engine.journal import journal
 from worker.engine.patience import patiently
@@ -53,11 +53,9 @@ def ask_to_sync(host: str, timeout: float) -> dict[str, Any]:
         )
     with translated():
         asked = app.send_task(sync_host.name, args=[host], queue=host_queue(host, "control"), expires=timeout)
-        try:
-            found: dict[str, Any] = asked.get(timeout=timeout)
-        except NoAnswer:
-            message = f"the control worker of host {host!r} did not answer within {timeout:.0f} s"
-            raise HostUnreachable(message) from None
+    if not await_end(asked, timeout):
+        raise HostUnreachable(f"the control worker of host {host!r} did not answer within {timeout:.0f} s")
+    found: dict[str, Any] = asked.get()
     return found
 
 

@@ -6,9 +6,11 @@ import json
 import shutil
 from typing import Any
 
+from tests.conftest import settings
 from tests.fleet.conftest import Spawn
 from tests.fleet.parts import Commands, Scheduler, virsh
 from tests.lab import Fleet, LabHost, wait_until
+from worker.client import Fleet as Client
 
 
 def listed(command: Commands, *arguments: str) -> dict[str, dict[str, Any]]:
@@ -95,6 +97,16 @@ def test_everything_comes_back_after_redis_lost_its_memory(
     fleet.wait_ready(30)
     assert scheduler.call("pause", instance=name)["state"] == "succeeded"
     assert virsh(host, "domstate", name).strip() == "paused"
+
+
+def test_a_client_that_lives_through_a_restart_of_redis_is_answered_as_before(fleet: Fleet, host: LabHost) -> None:
+    with settings(redis_url=fleet.redis.url):
+        client = Client()
+        client.sync("hosta")
+        fleet.redis.kill9()
+        fleet.redis.start()
+        fleet.wait_ready(60)
+        assert client.sync("hosta")["host"] == "hosta"
 
 
 def drop_time(entry: dict[str, Any]) -> dict[str, Any]:

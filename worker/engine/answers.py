@@ -1,13 +1,34 @@
-"""Answering by-name tasks: their result is an operation's final record, whether or not the task itself still runs."""
+"""Answers of tasks. Those of operations by name are their final records, whether or not the task itself still runs."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
+
+from celery.result import AsyncResult
 
 from worker.app import app
 from worker.engine import events
 from worker.engine.connection import translated
 from worker.engine.record import Record, State
+
+LOOK_EVERY = 0.05
+"""Seconds between two looks whether a task has been answered."""
+
+
+def await_end(asked: AsyncResult[Any], timeout: float) -> bool:
+    """Wait up to `timeout` seconds for a task's answer; whether it is there, to be had by `get` at once.
+
+    Celery's own wait is told of it by a message, which it misses for good when Redis restarts in between.
+    Raises `BrokerUnavailable`.
+    """
+    deadline = time.monotonic() + timeout
+    with translated():
+        while not asked.ready():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(LOOK_EVERY)
+    return True
 
 
 def answer(task_id: str, worker: str, record: Record) -> None:
