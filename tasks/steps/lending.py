@@ -6,7 +6,7 @@ from worker.engine.journal import journal
 from worker.engine.record import StepState
 from worker.engine.step import Retries
 from worker.engine.step_context import StepContext
-from worker.errors import BrokerUnavailable
+from worker.errors import BrokerUnavailable, OperationNotFound
 
 LEND_RETRIES = Retries(attempts=10_000, first_pause=1.0, longest_pause=5.0)
 """Who has no slot to lend in looks again every few seconds: those who fetch say when it takes too long."""
@@ -17,6 +17,6 @@ def are_fetched(ctx: StepContext) -> bool:
     beside = next(stage for stage in ctx.record.stages if ctx.plan in stage)
     try:
         steps = journal().read(ctx.operation).steps
-    except BrokerUnavailable:
+    except (BrokerUnavailable, OperationNotFound):  # Redis has lost it: who executes a step puts it back
         return False
     return all(steps[plan.key].state is StepState.DONE for plan in beside if plan.host != ctx.host)

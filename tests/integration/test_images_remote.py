@@ -82,7 +82,7 @@ def test_a_key_that_is_not_allowed_is_named(peer: Peer, copying: remote.Copying,
     key = tmp_path / "id"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     with pytest.raises(ConnectionMisconfigured, match="Permission denied") as refused:
-        remote.reach(peer, replace(copying, ssh=replace(copying.ssh, key=key)))
+        remote.reach(peer, replace(copying, ssh=replace(copying.ssh, key=key)), Alone())
     assert "VIRTFLEET_SSH_KEY" in refused.value.hint
 
 

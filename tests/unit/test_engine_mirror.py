@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from worker.engine import checkup
-from worker.engine.mirror import UNFINISHED, Copy, Mirror
+from worker.engine.mirror import UNFINISHED, Copy, End, Mirror
 from worker.engine.record import State
 from worker.settings import get_settings
 
@@ -55,11 +55,11 @@ def test_a_damaged_copy_is_set_aside_and_the_doctor_tells_of_it(tmp_path: Path) 
 def test_how_an_operation_of_several_hosts_ended_is_kept_as_long_as_records_are(tmp_path: Path) -> None:
     mirror = Mirror(tmp_path)
     mirror.keep(COPY)
-    mirror.close("op-1", State.SUCCEEDED, {"h1", "h2"})
-    mirror.close("op-2", State.FAILED, {"h1"})
+    mirror.close("op-1", State.SUCCEEDED, {"h1", "h2"}, 5.0)
+    mirror.close("op-2", State.FAILED, {"h1"}, 5.0)
     assert names(tmp_path) == []
     mirror.sweep()
-    assert (mirror.ended("op-1"), mirror.ended("op-2")) == (State.SUCCEEDED, None)
+    assert (mirror.ended("op-1"), mirror.ended("op-2")) == (End(State.SUCCEEDED, 5.0), None)
     [note] = mirror.ends.iterdir()
     long_ago = note.stat().st_mtime - get_settings().keep_records - 1
     os.utime(note, (long_ago, long_ago))

@@ -107,7 +107,7 @@ def preflight(instance: LocalInstance, departure: Departure, peer: Peer, ctx: Co
             f"host {local.name} has files of {instance.name} already, in {local.data.instances}",
             hint="Are they left from an earlier move? Confirm or revert that first, or look into them.",
         )
-    remote.reach(peer, how)
+    remote.reach(peer, how, ctx)
     ctx.undo("release_reservation")
     return Place(shared=False, reserved=_reserve(instance, departure, ctx))
 

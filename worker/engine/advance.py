@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import structlog
 from celery import chain
@@ -25,7 +26,8 @@ log = structlog.get_logger(__name__)
 UNDO_TASK = "undo"
 
 RENEWED = 3.0
-"""Seconds after Redis' silence in which every worker that lives has renewed its leases; it tries twice a second."""
+"""Seconds after Redis' silence, or its loss of a record, in which every worker that lives has renewed its leases: it
+tries twice a second. As in lua/common.lua."""
 
 
 def advance(operation_id: str, *, prompt: bool = False) -> Decision | None:
@@ -45,6 +47,8 @@ def advance(operation_id: str, *, prompt: bool = False) -> Decision | None:
     if record.state is State.WAITING:
         book.release(record.instance)  # where the owner it waits for has ended without a word
         record = book.find(operation_id) or record
+    if record.restored is not None and clock.now - record.restored < RENEWED:
+        clock = replace(clock, leases_count=False)
     executing = [step for step in (*record.steps.values(), *record.undo_steps) if step.state is StepState.RUNNING]
     decision = decide(record, book.leases(record, executing), clock, prompt=prompt)
     match decision:
@@ -64,11 +68,12 @@ def advance(operation_id: str, *, prompt: bool = False) -> Decision | None:
 def _may_go_on(book: Journal, record: Record) -> bool:
     """Whether a record that was put back knows all that its hosts know of it; if so it is held no longer.
 
-    A host is introduced after it has looked through its copies. For one that stays away the others wait so long: what
-    it may have done is not done again before it is back, nor undone, for that has to be done there.
+    A host is introduced after it has looked through its copies, and looks again twice in the time that all are held.
+    For one that stays away the others wait so long: what it may have done is not done again before it is back, nor
+    undone, for that has to be done there.
     """
     age = book.now() - (record.held or 0.0)
-    away = [host for host in record.hosts if not registry().knows(host)]
+    away = [host for host in record.hosts if not (registry().knows(host) and registry().alive(host))]
     if age < 2 * LOOK_EVERY or (away and age < get_settings().hold_for_hosts):
         return False
     if away:
@@ -133,7 +138,7 @@ def _end(book: Journal, record: Record, state: State) -> None:
     first, heir = book.conclude(record, state)
     if first:
         log.info("ended", operation=record.id, kind=record.kind, instance=record.instance, state=state.value)
-    Mirror().close(record.id, state, record.hosts)
+    Mirror().close(record.id, state, record.hosts, record.submitted_at)
     _tell(book, record.id)
     if heir:
         advance(heir, prompt=True)

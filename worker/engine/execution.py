@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from worker.engine import events
 from worker.engine.advance import see_to, turn_back
 from worker.engine.journal import Answer, Journal, Outcome, Phase, journal
 from worker.engine.lease import LeaseKeeper
+from worker.engine.mirror import Mirror
 from worker.engine.patience import patiently
 from worker.engine.record import UNDO_STEP, State
 from worker.engine.step_context import StepContext
@@ -46,6 +48,11 @@ MOST_LOST = 5
 """Attempts beyond a step's own that may end in silence, the worker having died, before the step fails."""
 
 
+_here: set[tuple[str, str]] = set()
+"""The steps that threads of this process are at, by operation and key."""
+_here_lock = threading.Lock()
+
+
 @dataclass(frozen=True)
 class Ending:
     """How an attempt ended."""
@@ -60,7 +67,11 @@ def execute(made: Step[Any], task: Any, operation_id: str, key: str, instance: s
     book = journal()
     phase: Phase = "undo" if key.startswith(UNDO_STEP) else "run"
     worker, token = str(task.request.hostname), secrets.token_hex(8)
-    with structlog.contextvars.bound_contextvars(operation=operation_id, step=key):
+    with structlog.contextvars.bound_contextvars(operation=operation_id, step=key), _alone(operation_id, key) as alone:
+        if not alone:
+            return _decline(task, book, "leased", operation_id, key)
+        if _had_ended(book, operation_id):
+            return _decline(task, book, "ended", operation_id, key)
         answer, lease = patiently(book.acquire, operation_id, key, instance, worker=worker, token=token, phase=phase)
         if lease is None:
             return _decline(task, book, answer, operation_id, key)
@@ -70,6 +81,32 @@ def execute(made: Step[Any], task: Any, operation_id: str, key: str, instance: s
                 ending = _attempt(made, ctx)
             committed = _commit(made, ctx, book, keeper, ending)
         return _go_on(task, ctx, ending, committed=committed)
+
+
+@contextmanager
+def _alone(operation_id: str, key: str) -> Iterator[bool]:
+    """Whether no other thread of this process is at this step: one may that stood still till its lease ran out."""
+    with _here_lock:
+        alone = (operation_id, key) not in _here
+        _here.add((operation_id, key))
+    try:
+        yield alone
+    finally:
+        if alone:
+            with _here_lock:
+                _here.remove((operation_id, key))
+
+
+def _had_ended(book: Journal, operation_id: str) -> bool:
+    """Whether this host knows that the operation has ended, which a host with an older copy of it did not."""
+    end = Mirror().ended(operation_id)
+    record = patiently(book.find, operation_id) if end else None
+    if not end or not record or record.state.final or record.submitted_at != end.submitted_at:
+        return False
+    log.warning("put back by another host, but it had ended", state=end.state.value)
+    patiently(book.conclude, record, end.state)
+    see_to(operation_id)
+    return True
 
 
 @contextmanager
@@ -150,7 +187,8 @@ def _verdict(ctx: StepContext, book: Journal, error: FleetError) -> State | None
         return None
     if isinstance(error, Cancelled):
         return State.CANCELLED
-    made_nothing = not patiently(book.read, ctx.operation).undo
+    found = patiently(book.find, ctx.operation)
+    made_nothing = found is not None and not found.undo
     return State.REJECTED if error.bad_input and made_nothing else State.FAILED
 
 

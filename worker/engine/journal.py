@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal, cast
 
@@ -62,6 +62,9 @@ class Lease:
     fence: int
     attempt: int
     worker: str
+    fields: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """The operation's record of the instant in which the lease was taken, as Redis held it; and its undo entries."""
+    undo: list[str] = field(default_factory=list, compare=False, repr=False)
 
 
 class Journal:
@@ -248,7 +251,9 @@ class Journal:
         )
         if answer[0] != "yours":
             return answer[0], None
-        return "yours", Lease(operation_id, step, token, int(answer[1]), int(answer[2]), worker)
+        _, fence, attempt, flat, undo = answer
+        fields = dict(zip(flat[::2], flat[1::2], strict=True))
+        return "yours", Lease(operation_id, step, token, int(fence), int(attempt), worker, fields, undo)
 
     def renew(self, lease: Lease) -> tuple[Kept, bool]:
         """Keep a lease; also says whether a cancel was asked for."""

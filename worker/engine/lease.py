@@ -35,7 +35,7 @@ class LeaseKeeper:
     def __init__(self, journal: Journal, lease: Lease) -> None:
         self.journal = journal
         self.lease = lease
-        self._dump = patiently(journal.dump, lease.operation)
+        self._dump = lease.fields, lease.undo
         self._mirror = Mirror()
         self.silent = False
         """Whether Redis did not answer the last renewal."""

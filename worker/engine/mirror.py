@@ -48,6 +48,11 @@ class Copy:
     """Seconds since it was written."""
 
     @property
+    def submitted_at(self) -> float:
+        """When it was admitted."""
+        return float(self.fields["submitted_at"])
+
+    @property
     def hosts(self) -> frozenset[str]:
         """The hosts that its plan names."""
         return frozenset(step["host"] for stage in json.loads(self.fields["plan"]) for step in stage)
@@ -56,6 +61,14 @@ class Copy:
     def fence(self) -> int:
         """The highest fence that any of its steps has had."""
         return max((int(value) for name, value in self.fields.items() if name.endswith(":fence")), default=0)
+
+
+@dataclass(frozen=True)
+class End:
+    """How an operation has ended; an id that was turned away may be used again, so also when it was submitted."""
+
+    state: State
+    submitted_at: float
 
 
 class Mirror:
@@ -91,12 +104,17 @@ class Mirror:
         _sweep(self.folder, "*.tmp", UNFINISHED)
         _sweep(self.ends, "*", get_settings().keep_records)
 
-    def close(self, operation_id: str, state: State, hosts: Set[str]) -> None:
-        """Forget an operation that has ended; of one of several hosts keep how: another one may have an older copy."""
+    def close(self, operation_id: str, state: State, hosts: Set[str], submitted_at: float) -> None:
+        """Forget an operation that has ended; of one of several hosts note how: another one may have an older copy.
+
+        One that is stuck is not forgotten: its undo may be tried again.
+        """
+        if state is State.STUCK:
+            return
         if len(hosts) > 1 and self.folder.exists():
             with contextlib.suppress(OSError):
                 self.ends.mkdir(exist_ok=True)
-                self._write(self.ends / operation_id, state)
+                self._write(self.ends / operation_id, json.dumps({"state": state, "submitted_at": submitted_at}))
         self.drop(operation_id)
 
     def drop(self, operation_id: str) -> None:
@@ -104,11 +122,12 @@ class Mirror:
         with contextlib.suppress(OSError):
             self._path(operation_id).unlink(missing_ok=True)
 
-    def ended(self, operation_id: str) -> State | None:
-        """How an operation of several hosts has ended, if that is known here."""
+    def ended(self, operation_id: str) -> End | None:
+        """How an operation of that id and of several hosts has ended, if that is known here."""
         try:
-            return State((self.ends / operation_id).read_text())
-        except (OSError, ValueError):
+            note = json.loads((self.ends / operation_id).read_text())
+            return End(State(note["state"]), float(note["submitted_at"]))
+        except (OSError, ValueError, KeyError):
             return None
 
     def copies(self) -> Iterator[Copy]:
@@ -196,19 +215,21 @@ class MirrorWatch(threading.Thread):
             for copy in copies:
                 state = states[copy.operation]
                 if state is not None and state.final:
-                    self._mirror.close(copy.operation, state, copy.hosts)
+                    self._mirror.close(copy.operation, state, copy.hosts, copy.submitted_at)
                 elif state is not None or now - self._missing[copy.operation] >= LOOK_EVERY:
                     self._put_back(copy)
             for operation in self._book.held():
-                if state := self._mirror.ended(operation):
-                    self._end(operation, state)
+                if end := self._mirror.ended(operation):
+                    self._end(operation, end)
             return bool(self._missing)
 
-    def _end(self, operation: str, state: State) -> None:
+    def _end(self, operation: str, end: End) -> None:
         """End what another host has put back from a copy older than the end that this one knows of."""
         with contextlib.suppress(OperationNotFound, RecordUnreadable):  # the reaper tells of one that cannot be read
-            self._book.conclude(self._book.read(operation), state)
-            log.warning("put back by another host, but it had ended", operation=operation, state=state.value)
+            record = self._book.read(operation)
+            if record.submitted_at == end.submitted_at:
+                self._book.conclude(record, end.state)
+                log.warning("put back by another host, but it had ended", operation=operation, state=end.state.value)
 
     def _put_back(self, copy: Copy) -> None:
         try:
@@ -219,7 +240,8 @@ class MirrorWatch(threading.Thread):
             log.exception("cannot put a record back", operation=copy.operation)
 
     def _restore(self, copy: Copy) -> None:
-        if State(copy.fields["state"]).final or self._mirror.ended(copy.operation):
+        end = self._mirror.ended(copy.operation)
+        if State(copy.fields["state"]).final or (end and end.submitted_at == copy.submitted_at):
             self._mirror.drop(copy.operation)
         elif copy.age > get_settings().keep_records:
             # It may have ended since, elsewhere, so long ago that its record has expired.

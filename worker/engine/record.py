@@ -141,6 +141,7 @@ class Record:
     undo_steps: tuple[StepRecord, ...] = ()
     cancel: float | None = None
     held: float | None = None
+    restored: float | None = None
     verdict: State | None = None
     error: dict[str, Any] | None = None
     submitted_at: float = 0.0
@@ -230,6 +231,7 @@ def _parsed(operation_id: str, fields: dict[str, str], undo: list[str]) -> Recor
         undo_steps=tuple(_step(undo_plan(index, entry), fields) for index, entry in enumerate(entries)),
         cancel=_number(fields.get("cancel")),
         held=_number(fields.get("held")),
+        restored=_number(fields.get("restored")),
         verdict=State(fields["verdict"]) if fields.get("verdict") else None,
         error=json.loads(fields["error"]) if fields.get("error") else None,
         submitted_at=float(fields.get("submitted_at", 0)),

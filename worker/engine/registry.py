@@ -10,7 +10,7 @@ from uuid import UUID
 
 from worker.engine import keys
 from worker.engine.connection import Redis, shared, translated
-from worker.errors import InstanceNotFound, SnapshotNotFound, UnknownHost
+from worker.errors import HostUnreachable, InstanceNotFound, SnapshotNotFound, UnknownHost
 from worker.models import Frozen, Instance, Peer, SnapshotEntry
 from worker.settings import get_settings
 
@@ -52,9 +52,13 @@ class Registry:
         return [HostRecord.model_validate_json(found[name]) for name in sorted(found)]
 
     def peer(self, name: str) -> Peer:
-        """A host as copies see it. Raises `UnknownHost`."""
-        self.require_host(name)
-        host = next(host for host in self.hosts() if host.name == name)
+        """A host as copies see it. Raises `HostUnreachable`: it was known when the operation was admitted."""
+        host = next((host for host in self.hosts() if host.name == name), None)
+        if host is None:
+            raise HostUnreachable(
+                f"host {name} has not joined the fleet again since Redis lost its memory",
+                hint=f"It does so by itself once its control worker runs: virtfleet worker control --host {name}",
+            )
         return Peer(name=name, address=host.address or name, data_dir=Path(host.data_dir), copies_out=host.copies_out)
 
     def require_host(self, name: str) -> None:

@@ -75,7 +75,7 @@ class Copying:
     nbd: Nbd | None = None
 
 
-def reach(peer: Peer, copying: Copying) -> None:
+def reach(peer: Peer, copying: Copying, watch: Watcher) -> None:
     """Raise `ConnectionMisconfigured` or `TransferInterrupted` unless files can be had from that host.
 
     Over NBD nothing is lent yet, so there is nothing to reach: only this host's certificates are looked at.
@@ -84,7 +84,7 @@ def reach(peer: Peer, copying: Copying) -> None:
         copying.nbd.client()
         return
     argv = ["rsync", "--list-only", "-s", "-e", copying.ssh.command(), _at(peer, peer.data_dir) + "/instances"]
-    _run(peer, Command(argv, "rsync"), Path("its data directory"), stall=copying.stall)
+    _run(peer, Command(argv, "rsync"), Path("its data directory"), stall=copying.stall, watch=watch)
 
 
 def fetch(peer: Peer, source: Path, target: Path, copying: Copying, watch: Watcher, *, total: int) -> str:

@@ -2,7 +2,7 @@
 -- KEYS: 1 operation, 2 lease, 3 ATTENTION, 4 FENCE, 5 undo, 6 claim, 7 waiting
 -- ARGV: 1 id, 2 step, 3 worker, 4 token, 5 time to live in ms, 6 'run' or 'undo', 7 newest form of a record that the
 --       worker knows, 8 key prefix of operations
--- Returns {'yours', fence, attempt} | {'done'} | {'leased'} | {'early'} | {'cancel'} | {'ended'} | {'gone'} |
+-- Returns {'yours', fence, attempt, fields and values of the record, undo entries} | {'done'} | {'leased'} | {'early'} | {'cancel'} | {'ended'} | {'gone'} |
 -- {'newer'} | {'unowned'}
 local now = seconds()
 local state = redis.call('HGET', KEYS[1], 'state')
@@ -41,10 +41,15 @@ end
 if step == 'done' then return { 'done' } end
 if step == 'failed' then return { 'ended' } end
 local holder = redis.call('GET', KEYS[2])
-if holder == ARGV[4] then -- the first answer was lost on its way
-  return { 'yours', redis.call('HGET', KEYS[1], field .. 'fence'), redis.call('HGET', KEYS[1], field .. 'attempt') }
+-- With the record of this very instant: should Redis lose it in the next one, the executor still knows it.
+local function yours()
+  local fence, attempt = redis.call('HGET', KEYS[1], field .. 'fence'), redis.call('HGET', KEYS[1], field .. 'attempt')
+  return { 'yours', fence, attempt, redis.call('HGETALL', KEYS[1]), redis.call('LRANGE', KEYS[5], 0, -1) }
 end
+if holder == ARGV[4] then return yours() end -- the first answer was lost on its way
 if holder then return { 'leased' } end
+local restored = tonumber(redis.call('HGET', KEYS[1], 'restored') or '0')
+if step == 'running' and now - restored < RENEWED then return { 'leased' } end
 if ARGV[6] == 'run' and redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then return { 'cancel' } end
 if not is_its_turn() then return { 'early' } end
 -- A message that lingered from before a retry was put off must not run ahead of its time.
@@ -62,7 +67,7 @@ local fence = math.max(tonumber(redis.call('GET', KEYS[4]) or '0') + 1, math.flo
 fence = string.format('%.0f', fence)
 redis.call('SET', KEYS[4], fence)
 redis.call('SET', KEYS[2], ARGV[4], 'PX', ARGV[5])
-local attempt = redis.call('HINCRBY', KEYS[1], field .. 'attempt', 1)
+redis.call('HINCRBY', KEYS[1], field .. 'attempt', 1)
 local stamp = string.format('%.6f', now)
 redis.call('HSETNX', KEYS[1], field .. 'started_at', stamp)
 redis.call('HSET', KEYS[1], field .. 'state', 'running', field .. 'fence', fence, field .. 'worker', ARGV[3])
@@ -70,4 +75,4 @@ redis.call('HDEL', KEYS[1], field .. 'due', field .. 'published', field .. 'publ
 if state == 'queued' then redis.call('HSET', KEYS[1], 'state', 'running') end
 redis.call('HSETNX', KEYS[1], 'started_at', stamp)
 redis.call('ZADD', KEYS[3], now + tonumber(ARGV[5]) / 1000, ARGV[1])
-return { 'yours', fence, attempt }
+return yours()

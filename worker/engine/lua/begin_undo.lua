@@ -5,7 +5,7 @@ local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return '' end
 if state == 'queued' or state == 'running' or state == 'waiting' then
   redis.call('HSET', KEYS[1], 'state', 'undoing', 'verdict', ARGV[2], 'error', ARGV[3])
-  redis.call('ZADD', KEYS[2], redis.call('TIME')[1], ARGV[1])
+  redis.call('ZADD', KEYS[2], seconds(), ARGV[1])
   return 'undoing'
 end
 return state

@@ -3,7 +3,7 @@
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return '' end
 if state == 'queued' or state == 'running' or state == 'waiting' then
-  local now = redis.call('TIME')[1]
+  local now = string.format('%.6f', seconds())
   redis.call('HSETNX', KEYS[1], 'cancel', now)
   redis.call('ZADD', KEYS[2], now, ARGV[1])
 end

@@ -1,6 +1,9 @@
 -- What several scripts need; put before each of them.
 local ENDED = { succeeded = 1, failed = 1, cancelled = 1, rejected = 1, stuck = 1 }
 
+-- Seconds after a record was put back by an executor in which its siblings have renewed their leases; see advance.py.
+local RENEWED = 3
+
 local function seconds()
   local now = redis.call('TIME')
   return tonumber(now[1]) + tonumber(now[2]) / 1e6

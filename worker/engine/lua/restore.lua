@@ -20,6 +20,7 @@ else
   redis.call('HDEL', KEYS[1], 'held')
   redis.call('SREM', KEYS[9], ARGV[1])
 end
+redis.call('HSET', KEYS[1], 'restored', string.format('%.6f', seconds())) -- its siblings' leases are lost, too
 redis.call('SET', KEYS[7], ARGV[3], 'PX', ARGV[5])
 reclaim(KEYS[2], KEYS[8], ARGV[7], ARGV[1])
 redis.call('ZADD', KEYS[4], seconds() + tonumber(ARGV[5]) / 1000, ARGV[1])

@@ -17,5 +17,5 @@ end
 redis.call('HSET', KEYS[1], 'state', 'undoing')
 redis.call('HDEL', KEYS[1], 'ended_at')
 redis.call('ZREM', KEYS[5], ARGV[1])
-redis.call('ZADD', KEYS[4], redis.call('TIME')[1], ARGV[1])
+redis.call('ZADD', KEYS[4], seconds(), ARGV[1])
 return { 'ok' }
