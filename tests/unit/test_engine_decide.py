@@ -294,3 +294,22 @@ def test_every_operation_ends_whatever_happens_on_its_way(record: Record, accide
         assert {step.state for step in life.record.steps.values()} == {StepState.DONE}
     elif life.record.state is not State.STUCK:
         assert not unfinished, "what was done is undone"
+
+
+def test_what_follows_a_step_is_its_next_stage_once_all_beside_it_are_done() -> None:
+    plans = [StepPlan(key, "s", "h1", "disk") for key in ("a", "b", "c", "d")]
+    stages = ((plans[0],), (plans[1], plans[2]), (plans[3],))
+    entries = tuple(UndoEntry("remove", "h1", {"n": n}) for n in range(2))
+
+    def following(key: str, *done: str) -> list[str]:
+        steps = {one.key: StepRecord(one, StepState.DONE if one.key in done else StepState.PENDING) for one in plans}
+        undo_steps = tuple(StepRecord(undo_plan(number, entry)) for number, entry in enumerate(entries))
+        record = Record("op", "test", {}, "vm", "u", "h1", State.RUNNING, stages, steps, entries, undo_steps)
+        return [step.key for step in record.following(key)]
+
+    assert following("a", "a") == ["b", "c"]
+    assert following("b", "a", "b") == [], "c is not done"
+    assert following("b", "a", "b", "c") == ["d"]
+    assert following("d", "a", "b", "c", "d") == []
+    assert following("undo:1") == ["undo:0"]
+    assert following("undo:0") == []

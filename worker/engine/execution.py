@@ -21,7 +21,7 @@ from worker.engine.journal import Answer, Journal, Outcome, Phase, journal
 from worker.engine.lease import LeaseKeeper
 from worker.engine.mirror import Mirror
 from worker.engine.patience import patiently
-from worker.engine.record import UNDO_STEP, State
+from worker.engine.record import UNDO_STEP, State, StepState
 from worker.engine.step_context import StepContext
 from worker.errors import (
     BrokerUnavailable,
@@ -212,12 +212,24 @@ def _go_on(task: Any, ctx: StepContext, ending: Ending, *, committed: bool) -> A
 def _decline(task: Any, book: Journal, answer: Answer, operation_id: str, key: str) -> Any:
     """A message for a step that is not to run now: go on where it is done already, else end quietly."""
     log.info("declined", answer=answer)
-    if answer == "done":
-        record = patiently(book.read, operation_id)
-        return record.steps[key].result if key in record.steps else None
+    if answer == "done" and _pass_on(book, operation_id, key):
+        return None  # what it returned is in the journal
     if answer == "cancel":
         turn_back(operation_id)
     raise _ignored(task, "task-rejected")
+
+
+def _pass_on(book: Journal, operation_id: str, key: str) -> bool:
+    """Whether a message for a step that is done has to see to the next one: who did it may have died.
+
+    Only once: were every message that came twice to send another one, each step of an operation would double them.
+    """
+    record = patiently(book.find, operation_id)
+    following = record.following(key) if record else ()
+    if not following or any(step.state is not StepState.PENDING or step.published for step in following):
+        return False
+    patiently(book.mark_published, operation_id, following)
+    return True
 
 
 def _ignored(task: Any, event: str, **fields: Any) -> Ignore:

@@ -154,6 +154,17 @@ class Record:
         """The hosts that have, or may have, a part in it."""
         return frozenset(step.plan.host for step in (*self.steps.values(), *self.undo_steps))
 
+    def following(self, key: str) -> tuple[StepRecord, ...]:
+        """The steps whose turn comes once this one is done; none at the end, or while one beside it is not done."""
+        if key.startswith(UNDO_STEP):
+            number = int(key.removeprefix(UNDO_STEP))
+            return self.undo_steps[max(number - 1, 0) : number]
+        for stage, after in zip(self.stages, self.stages[1:], strict=False):
+            if key in {plan.key for plan in stage}:
+                done = all(self.steps[plan.key].state is StepState.DONE for plan in stage)
+                return tuple(self.steps[plan.key] for plan in after) if done else ()
+        return ()
+
     @property
     def result(self) -> Any:
         """What a succeeded operation answers: the result of its last step."""
