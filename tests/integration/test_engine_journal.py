@@ -472,6 +472,14 @@ def test_a_look_asked_for_sooner_stands(journal: Journal) -> None:
     assert attention(journal, "unknown") is None
 
 
+def test_a_cancel_is_looked_at_though_the_record_was_read_just_before(journal: Journal) -> None:
+    admit(journal, "op")
+    read = journal.now()
+    journal.cancel("op")
+    journal.look_in("op", 60, since=read)
+    assert (attention(journal) or 0) <= 0
+
+
 def test_a_publication_that_is_noted_late_does_not_hide_who_has_begun(journal: Journal) -> None:
     admit(journal, "op")
     published = journal.read("op").steps["copy"]
@@ -547,6 +555,28 @@ def test_a_record_that_a_sibling_put_back_is_completed(journal: Journal) -> None
     assert [refusal(journal, "left"), refusal(journal, "right")] == ["leased", "leased"]
     done(journal, left)
     done(journal, right)
+
+
+def test_a_sibling_that_a_restored_record_shows_at_work_is_not_joined_before_it_could_renew(journal: Journal) -> None:
+    admit(journal, "op", stages=GROUP)
+    left, right = take(journal, "left"), take(journal, "right")
+    dump = journal.dump("op")
+    journal.redis.flushall()
+    assert put_back(journal, left, dump)
+    assert refusal(journal, "right") == "leased"
+    assert journal.read("op").restored is not None
+    assert journal.renew(right) == ("held", False)
+    journal.redis.hset(keys.operation("op"), "restored", str(journal.now() - 10))
+    lose_lease(journal, right)
+    assert take(journal, "right").fence > right.fence
+
+
+def test_who_takes_a_lease_knows_the_record_though_redis_loses_it_in_the_next_instant(journal: Journal) -> None:
+    admit(journal, "op")
+    lease = take(journal)
+    dump = journal.dump("op")
+    journal.redis.flushall()
+    assert (lease.fields, lease.undo) == dump
 
 
 def test_what_was_in_progress_goes_before_what_came_after_the_loss(journal: Journal) -> None:
@@ -684,6 +714,42 @@ def test_what_has_ended_does_not_begin_again_from_the_copy_of_a_host_that_had_no
     assert (journal.held(), owner(journal), attention(journal)) == ([], None, None)
     behind.look()
     assert list(here.copies()) == []
+
+
+def test_an_id_that_is_used_again_is_not_ended_by_the_note_of_its_first_use(journal: Journal, tmp_path: Path) -> None:
+    mirror = Mirror(tmp_path)
+    admit(journal, "op")
+    lease = take(journal)
+    mirror.keep(Copy("op", *journal.dump("op")))
+    mirror.close("op", State.REJECTED, {"h1", "h2"}, journal.read("op").submitted_at - 60)
+    mirror.keep(Copy("op", *journal.dump("op")))
+    journal.redis.flushall()
+    watch = MirrorWatch(mirror)
+    wait_until(lambda: not watch.look(), 10, "the copy is put back")
+    watch.look()
+    assert journal.read("op").state is State.RUNNING
+    assert lease.operation in journal.held()
+
+
+def test_what_is_stuck_can_be_tried_again_though_redis_has_lost_it(journal: Journal, tmp_path: Path) -> None:
+    mirror = Mirror(tmp_path)
+    admit(journal, "op")
+    lease = take(journal)
+    journal.push_undo(lease, ENTRY)
+    failed(journal, lease)
+    undoing = take(journal, "undo:0", phase="undo")
+    failed(journal, undoing, verdict=None)
+    mirror.keep(Copy("op", *journal.dump("op")))
+    record = journal.read("op")
+    journal.conclude(record, State.STUCK)
+    mirror.close("op", State.STUCK, {"h1", "h2"}, record.submitted_at)
+    MirrorWatch(mirror).look()
+    journal.redis.flushall()
+    watch = MirrorWatch(mirror)
+    wait_until(lambda: not watch.look(), 10, "the copy is put back")
+    journal.let_go("op")
+    journal.conclude(journal.read("op"), State.STUCK)  # as the reaper finds it, its undo having failed
+    assert journal.retry_undo(journal.read("op")) == ("ok", "")
 
 
 def test_a_claim_that_was_lost_alone_is_taken_again(journal: Journal) -> None:
