@@ -9,7 +9,7 @@ from uuid import UUID
 
 from worker.context import Context
 from worker.errors import NotOurs
-from worker.images.files import locked, remove_tree
+from worker.images.files import locked, remove_tree, remove_unfinished
 from worker.images.layout import DataDir, InstanceDir
 from worker.models import Owner
 from worker.settings import Settings
@@ -67,6 +67,7 @@ class LocalInstance:
         with locked(folder.lock, operation=ctx.operation, wait=LOCK_WAIT, watch=ctx):
             try:
                 ctx.check()  # waiting for the lock, or for the processor, may have taken longer than the lease
+                remove_unfinished(folder.path)  # who held the lock before may have been killed
                 yield folder
             finally:
                 self._leave_no_empty_folder()

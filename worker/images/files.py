@@ -82,6 +82,12 @@ def temporary_beside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what had names of `temporary_beside` in a folder to which nobody else writes now."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def removed_unless_renamed(path: Path) -> Iterator[Path]:
     """A file that is made under this name and gets its final one in the block; whatever happens, none is left here."""
