@@ -11,6 +11,7 @@ import structlog
 from tasks.steps.confirmation import confirm_when_due
 from worker.app import app, host_queue
 from worker.compute import survey
+from worker.compute.comeback import ComebackWatch
 from worker.compute.local import LocalHost
 from worker.compute.snapshots import clean
 from worker.compute.snapshots.watch import HoldWatch
@@ -98,6 +99,8 @@ def sweep(host: str) -> None:
         log.info("swept a leftover", path=str(path))
 
 
-def watch_held(hosts: Sequence[str]) -> None:
-    """Let go, from now on, of guests that are frozen or paused too long for a snapshot."""
-    HoldWatch([LocalHost(host, get_settings()) for host in hosts]).start()
+def watch_guests(hosts: Sequence[str]) -> None:
+    """From now on, let go of guests that are held too long for a snapshot, and start those that are to come back."""
+    local = [LocalHost(host, get_settings()) for host in hosts]
+    HoldWatch(local).start()
+    ComebackWatch(local).start()

@@ -71,9 +71,9 @@ def shut_down_for(ctx: StepContext, patience: Patience, before: PowerState) -> P
 
 
 @undoes("await_shutdown")
-def undo_request(ctx: StepContext, name: str, uuid: str, seconds: float) -> None:
+def undo_request(ctx: StepContext, name: str, uuid: str, **_earlier: float) -> None:
     """Wait whether a guest that was asked to shut down does, before it is started again."""
-    power.await_shutdown(LocalInstance(local_host(ctx), name, uuid), seconds, ctx)
+    power.await_shutdown(LocalInstance(local_host(ctx), name, uuid), ctx)
 
 
 @undoes("power_as_before")

@@ -201,13 +201,35 @@ def test_a_cancelled_reboot_leaves_a_guest_that_runs(host: LabHost, spawn: Spawn
     step = CancelledOnceAsked("op-reboot", fence)
     with pytest.raises(Cancelled):
         power.reboot(instance, Patience(), step)
-    (first, arguments), (second, _) = reversed(step.undone_by)
+    (first, _), (second, _) = reversed(step.undone_by)
     assert (first, second) == ("await_shutdown", "power_on")
     undo = Alone("op-reboot", fence + 1)
-    power.await_shutdown(instance, arguments["seconds"], undo)
+    power.await_shutdown(instance, undo)
     assert state_of(host, record["instance"]) == "shut off"
     assert power.power_on(instance, undo).note == "started"
     wait_until(lambda: boots(host, record) == 2, 60, "it has come up again")
+
+
+def test_a_guest_that_takes_its_time_to_shut_down_is_started_again_after_a_cancel(
+    host: LabHost, spawn: Spawn, scheduler: Scheduler
+) -> None:
+    """The operation is over by then; its host sees to it, unless another operation has had to do with the guest."""
+    record = spawn()
+    instance, ctx = on_host(host, record), Alone("op-cancelled", int(time.time() * 1e6))
+    power.power_on(instance, ctx)  # this operation's mark is on it
+    began = time.monotonic()
+    power.await_shutdown(instance, ctx)
+    assert time.monotonic() - began < 2
+    assert state_of(host, record["instance"]) == "running"
+    with libvirt_of(host) as connection:
+        connection.lookupByName(record["instance"]).destroy()  # as if it had shut down at last
+        wait_until(lambda: state_of(host, record["instance"]) == "running", 20, "it is started again")
+        wait_until(lambda: not list((host.data / "comebacks").iterdir()), 20, "and not a second time")
+
+        power.await_shutdown(instance, ctx)
+        assert scheduler.call("power_off", instance=record["instance"], timeout=0)["state"] == "succeeded"
+        wait_until(lambda: not list((host.data / "comebacks").iterdir()), 20, "it is somebody else's now")
+        assert state_of(host, record["instance"]) == "shut off"
 
 
 class Overtaken(Alone):

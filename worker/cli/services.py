@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tasks.hosts import join, sweep, watch_held
+from tasks.hosts import join, sweep, watch_guests
 from worker import logs
 from worker.cli import output
 from worker.engine.worker import run_flower, run_worker
@@ -28,7 +28,7 @@ def control(host: Hosts = None, loglevel: Level = "info") -> None:
     """Serve the short calls of a host, and take in operations."""
     names = _names(host)
     logs.configure(loglevel)
-    watch_held(names)
+    watch_guests(names)
     run_worker("control", names, introduce=join, loglevel=loglevel)
 
 

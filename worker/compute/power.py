@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from worker.compute import comeback
 from worker.compute.local import LocalInstance, require_ours
 from worker.context import Context
 from worker.errors import Cancelled, GuestHung, InvalidState
@@ -15,8 +16,8 @@ from worker.virt.guest import Guest
 POLL = 0.05
 """Seconds between two looks at a guest that shuts down: a look costs 0.5 ms, an idle guest is down after 500."""
 
-LINGERS = 10.0
-"""Seconds after which a guest that was asked to shut down, and by then has not, is taken not to."""
+BRIEFLY = 1.0
+"""Seconds in which a guest that listens has shut down; a cancel does not wait for it any longer."""
 
 OFF = (PowerState.OFF, PowerState.CRASHED)
 
@@ -163,20 +164,24 @@ def _not_on(instance: LocalInstance, before: PowerState, verb: str) -> InvalidSt
     )
 
 
-def await_shutdown(instance: LocalInstance, seconds: float, ctx: Context) -> None:
-    """Wait whether a guest does shut down that was asked to; what was asked by ACPI cannot be taken back."""
-    deadline = time.monotonic() + seconds
+def await_shutdown(instance: LocalInstance, ctx: Context) -> None:
+    """Wait briefly whether a guest does shut down that was asked to; what was asked by ACPI cannot be taken back.
+
+    One that takes its time is left to its host's control worker: see `worker.compute.comeback`.
+    """
+    deadline = time.monotonic() + BRIEFLY
     with instance.local.libvirt() as host:
         guest = host.find_uuid(instance.uuid)
         while guest and guest.power() is PowerState.RUNNING and time.monotonic() < deadline:
             ctx.progress(0, None, "the guest was asked to shut down: waiting whether it does")
             time.sleep(POLL)
+        if guest and guest.power() is PowerState.RUNNING:
+            comeback.expect(instance, ctx)
 
 
 def _await_when_undone(instance: LocalInstance, patience: Patience, ctx: Context) -> None:
     if patience.timeout:  # else it is not asked
-        seconds = min(patience.timeout, LINGERS)
-        ctx.undo("await_shutdown", name=instance.name, uuid=instance.uuid, seconds=seconds)
+        ctx.undo("await_shutdown", name=instance.name, uuid=instance.uuid)
 
 
 def _take_down(guest: Guest, before: PowerState, patience: Patience, ctx: Context) -> str:

@@ -189,6 +189,11 @@ class DataDir:
         """What operations have not finished yet."""
         return self.root / "tmp"
 
+    @property
+    def comebacks(self) -> Path:
+        """Notes of guests that are to be started again should they go off."""
+        return self.root / "comebacks"
+
     def create(self) -> DataDir:
         """Make the folders that are not there; each can be traversed by QEMU's user."""
         for folder in (self.root, self.images, self.sources, self.instances, self.snapshots, self.tmp):
