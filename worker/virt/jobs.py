@@ -106,8 +106,9 @@ class BackupJob:
     def _require_sight(self) -> None:
         """Raise HypervisorError where libvirt holds a guest in a backup that it knows nothing of.
 
-        libvirt 9.0 that is killed in the very moment in which it begins one comes back so (seen once in 460 rounds of
-        the chaos suite), and lets no other job of that guest begin.
+        libvirt 9.0 that is killed within some 50 ms of being asked for one comes back so: its status file names the job
+        (`<job type='none' async='backup' .../>`), and nothing of the backup. It lets no other begin, and abortJob does
+        nothing.
         """
         try:
             self._guest.job_stats()
