@@ -19,6 +19,7 @@ from worker.errors import (
     AgentUnresponsive,
     Cancelled,
     FenceTooLow,
+    HypervisorError,
     InstanceNotFound,
     InvalidState,
     Permanent,
@@ -364,6 +365,32 @@ class Guest:
                 return dict(self._domain.jobStats())
         except InvalidState:  # the guest is off
             return {"type": 0}
+
+    def has_lost_job(self) -> bool:
+        """Whether libvirt holds the guest in a backup that it knows nothing of.
+
+        libvirt 9.0 that is killed within some 50 ms of being asked for one comes back so: its status file names the job
+        (`<job type='none' async='backup' .../>`), and nothing of the backup. It lets no other backup begin, nor a save,
+        and abortJob does nothing; a guest that shuts down stays where it
+        is then. Mirrors work, and so does to destroy it; but only a libvirtd that starts anew then lets it start.
+        """
+        try:
+            self.job_stats()
+        except HypervisorError as error:
+            if "backup job data missing" in error.message:
+                return True
+            raise
+        return False
+
+    def require_sight_of_job(self) -> None:
+        """Raise HypervisorError where `has_lost_job`."""
+        if self.has_lost_job():
+            raise HypervisorError(
+                f"libvirt on host {self.host} has lost sight of a backup of {self.name}, which it was beginning when it"
+                " was killed, and lets neither another one begin nor its memory be saved",
+                hint="Take the snapshot with --method mirror. To end it: power the guest off by force "
+                f"(virtfleet power off {self.name} --timeout 0), restart libvirtd there, and power it on.",
+            )
 
     def abort_job(self) -> None:
         """End the save or backup that libvirt runs on the guest; none is success."""

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import libvirt
 import libvirt_qemu
 from lxml import etree
 from lxml.builder import ElementMaker  # type: ignore[import-not-found]  # lxml-stubs lacks it
+from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
 from worker.context import Watcher
 from worker.errors import HypervisorError, InvalidState, JobLost, NoSpace, Stalled, UnsupportedByHost
@@ -43,6 +44,9 @@ MAY_REST = 60.0
 """Seconds in which a backup that is to end may move nothing: what is on its way to the disk must arrive first."""
 
 _POLL = 0.1  # seconds
+
+_LEFTOVERS = 20
+"""Nodes that a libvirtd which was killed as it began a job may have left in QEMU; it counts on past one each time."""
 
 _BACKUP = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
 # Files that libvirt makes itself are made one after the other while a frozen guest waits (two disks: 0.7 s, not 0.3 s).
@@ -94,32 +98,14 @@ class BackupJob:
         `since` names a checkpoint: only what changed after it is copied. `checkpoint` makes one of this instant.
         Raises CheckpointMissing, StateLockBusy while another job runs, UnsupportedByHost.
         """
-        self._require_sight()
+        self._guest.require_sight_of_job()
         self.forget_outcome()
         chosen = {target.disk: target for target in targets}
         every = [disk.target for disk in self._guest.disks()]
         backup = _text(_backup_xml(every, chosen, since))
         marked = _text(_checkpoint_xml(every, chosen, checkpoint)) if checkpoint else None
         with self._trying_to("back up"):
-            self._guest.domain.backupBegin(backup, marked, _BEGIN_FLAGS)
-
-    def _require_sight(self) -> None:
-        """Raise HypervisorError where libvirt holds a guest in a backup that it knows nothing of.
-
-        libvirt 9.0 that is killed within some 50 ms of being asked for one comes back so: its status file names the job
-        (`<job type='none' async='backup' .../>`), and nothing of the backup. It lets no other begin, and abortJob does
-        nothing.
-        """
-        try:
-            self._guest.job_stats()
-        except HypervisorError as error:
-            if "backup job data missing" not in error.message:
-                raise
-            raise HypervisorError(
-                f"libvirt on host {self._guest.host} has lost sight of a backup of {self._guest.name}, which it was"
-                " beginning when it was killed, and lets no other begin",
-                hint=f"That ends with the guest's QEMU: virtfleet power off {self._guest.name}, then power on.",
-            ) from error
+            _past_leftovers(self._guest.domain.backupBegin, backup, marked, _BEGIN_FLAGS)
 
     def targets(self) -> dict[str, Path]:
         """Disk and file of each disk that the running job copies; empty when no backup runs."""
@@ -203,6 +189,16 @@ class BackupJob:
             _set_speed(self._guest, disk, speed)
 
 
+def _past_leftovers(call: Callable[..., Any], *arguments: Any) -> None:
+    """Make a call again while its new nodes' names are taken in QEMU: libvirt gives others the next time."""
+    attempts = Retrying(
+        retry=retry_if_exception(lambda error: "Duplicate nodes with node-name" in str(error)),
+        stop=stop_after_attempt(_LEFTOVERS),
+        reraise=True,
+    )
+    attempts(call, *arguments)
+
+
 class MirrorJob:
     """The mirror of one disk: after a first copy, what the guest writes goes to both until the mirror is ended."""
 
@@ -220,7 +216,9 @@ class MirrorJob:
         parameters = {} if bytes_per_second is None else {libvirt.VIR_DOMAIN_BLOCK_COPY_BANDWIDTH: bytes_per_second}
         try:
             with self._trying_to("mirror"):
-                self._guest.domain.blockCopy(self._disk, _text(self._target_xml(target)), parameters, _MIRROR_FLAGS)
+                _past_leftovers(
+                    self._guest.domain.blockCopy, self._disk, _text(self._target_xml(target)), parameters, _MIRROR_FLAGS
+                )
         except InvalidState as error:
             if "transient" not in error.message:
                 raise

@@ -38,6 +38,7 @@ def save(instance: LocalInstance, spec: SnapshotSpec, power: PowerState, ctx: Co
             return known
         began = time.monotonic()
         if power in ON:
+            this.guest.require_sight_of_job()
             ctx.undo("restore_power", name=instance.name, uuid=instance.uuid, power=power.value)
             this.guest.save_memory(ctx)
         return take_off(this, power, time.monotonic() - began if power in ON else 0.0)

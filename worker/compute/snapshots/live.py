@@ -61,6 +61,8 @@ def method(this: Taking) -> str:
             f" backups need {'.'.join(map(str, NEEDS_BACKUP))}",
             hint="Use --method mirror.",
         )
+    if this.spec.method == "auto" and not this.spec.incremental and this.guest.has_lost_job():
+        return "mirror"
     return "backup" if can_back_up and this.spec.method != "mirror" else "mirror"
 
 
