@@ -175,6 +175,17 @@ def test_an_increment_needs_its_checkpoint(lab: LabHost, guest: Guest) -> None:
     assert checkpoints.names(guest) == ["second"]
 
 
+def test_a_checkpoint_can_be_deleted_whose_bitmap_died_with_qemu(lab: LabHost, guest: Guest) -> None:
+    job = BackupJob(guest)
+    job.begin(targets(lab, "first"), checkpoint="first")
+    ended(job)
+    lab.kill_guest(guest.name)
+    wait_until(lambda: not guest.is_active(), 20, "libvirt has noticed")
+    guest.start()
+    assert checkpoints.delete(guest, "first")
+    assert checkpoints.names(guest) == []
+
+
 def test_a_mirror_holds_the_disk_as_it_is_when_it_ends(lab: LabHost, guest: Guest) -> None:
     job, path = MirrorJob(guest, "vda"), empty(lab, "mirror")
     assert (job.target(), job.progress(), job.is_ready()) == (None, None, False)

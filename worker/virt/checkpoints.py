@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import libvirt
 
-from worker.errors import CheckpointMissing, UnsupportedByHost
+from worker.errors import CheckpointMissing, HypervisorError, UnsupportedByHost
 from worker.virt.domain_xml import parse
 from worker.virt.faults import translated
 from worker.virt.guest import Guest
@@ -38,4 +38,15 @@ def delete(guest: Guest, name: str) -> bool:
         return True
     except UnsupportedByHost:  # libvirt 9: "cannot delete checkpoint for inactive domain"
         return False
+    except HypervisorError as error:
+        if "not found in backing chain" not in error.message:
+            raise
+        _forget(guest, name)
     return True
+
+
+def _forget(guest: Guest, name: str) -> None:
+    """Have libvirt forget a checkpoint whose bitmap went with a QEMU that was killed before it had written it out."""
+    with translated(f"forget checkpoint {name} of {guest.name}", guest.host):
+        checkpoint = guest.domain.checkpointLookupByName(name)
+        checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
