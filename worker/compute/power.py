@@ -13,7 +13,7 @@ from worker.errors import Cancelled, GuestHung, InvalidState
 from worker.models import Frozen, Owner, PowerState
 from worker.virt.guest import Guest
 
-POLL = 0.05
+POLL = 0.02
 """Seconds between two looks at a guest that shuts down: a look costs 0.5 ms, an idle guest is down after 500."""
 
 BRIEFLY = 1.0
