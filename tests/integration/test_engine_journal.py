@@ -614,7 +614,8 @@ def test_what_began_after_the_loss_ends_before_the_lost_one_goes_on(journal: Jou
     assert take(journal, "boot", name="old").fence
 
 
-def test_two_hosts_copies_of_a_lost_record_make_it_whole_before_it_goes_on(journal: Journal) -> None:
+def at_the_second_step(journal: Journal) -> tuple[Lease, tuple[dict[str, str], list[str]], Lease]:
+    """The ended lease of the first step, what its host knew at the end of it, and the lease of the second one."""
     admit(journal, "op")
     first = take(journal)
     journal.push_undo(first, ENTRY)
@@ -622,6 +623,11 @@ def test_two_hosts_copies_of_a_lost_record_make_it_whole_before_it_goes_on(journ
     older = journal.dump("op")
     second = take(journal, "boot")
     journal.push_undo(second, UndoEntry("stop", "h2", {}))
+    return first, older, second
+
+
+def test_two_hosts_copies_of_a_lost_record_make_it_whole_before_it_goes_on(journal: Journal) -> None:
+    first, older, second = at_the_second_step(journal)
     running = journal.dump("op")
     done(journal, second)
     whole, newer = journal.read("op"), journal.dump("op")
@@ -639,13 +645,7 @@ def test_two_hosts_copies_of_a_lost_record_make_it_whole_before_it_goes_on(journ
 
 
 def test_a_copy_that_knows_of_the_turning_back_turns_the_record_back(journal: Journal) -> None:
-    admit(journal, "op")
-    first = take(journal)
-    journal.push_undo(first, ENTRY)
-    done(journal, first)
-    older = journal.dump("op")
-    second = take(journal, "boot")
-    journal.push_undo(second, UndoEntry("stop", "h2", {}))
+    first, older, second = at_the_second_step(journal)
     failed(journal, second)
     undoing = take(journal, "undo:1", phase="undo")
     done(journal, undoing)

@@ -6,7 +6,6 @@ worker, unless another operation has had to do with it by then.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ import structlog
 from pydantic import ValidationError
 
 from worker.compute.local import LocalHost, LocalInstance
+from worker.compute.watching import HostWatch
 from worker.context import Alone, Context
 from worker.errors import FleetError, NoSpace
 from worker.images.files import write_text_durably
@@ -24,8 +24,6 @@ log = structlog.get_logger(__name__)
 
 LINGERS = 60.0
 """Seconds after which a guest that was asked to shut down, and by then has not, is taken not to."""
-
-LOOK_EVERY = 1.0  # seconds; a look is a directory listing
 
 
 class Comeback(Frozen):
@@ -48,32 +46,24 @@ def expect(instance: LocalInstance, ctx: Context) -> None:
         log.error("nobody starts the guest again should it go off", instance=instance.name, error=str(error))  # noqa: TRY400
 
 
-class ComebackWatch(threading.Thread):
-    """Looks until the process ends. One per control worker."""
+class ComebackWatch(HostWatch):
+    """One per control worker."""
 
     def __init__(self, hosts: Sequence[LocalHost]) -> None:
-        super().__init__(name="comebacks", daemon=True)
-        self._hosts = hosts
-
-    def run(self) -> None:
-        """Look again and again."""
-        while True:
-            for host in self._hosts:
-                try:
-                    self.look(host)
-                except (FleetError, OSError) as error:
-                    log.warning("cannot start a guest again; it is tried again", host=host.name, error=str(error))
-            time.sleep(LOOK_EVERY)
+        super().__init__("comebacks", hosts)
 
     def look(self, host: LocalHost) -> None:
         """Start every guest that went off, and forget those that are not to come back any more."""
         for path in host.data.comebacks.glob("*.json"):
             try:
                 noted = Comeback.model_validate_json(path.read_text())
+                settled = time.time() > noted.until or _is_settled(host, noted)
             except (ValidationError, FileNotFoundError):
-                path.unlink(missing_ok=True)
+                settled = True
+            except FleetError as error:  # another guest must not wait for this one, whose instance may be locked
+                log.warning("cannot start a guest again yet", path=str(path), error=str(error))
                 continue
-            if time.time() > noted.until or _is_settled(host, noted):
+            if settled:
                 path.unlink(missing_ok=True)
 
 

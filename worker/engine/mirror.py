@@ -50,12 +50,12 @@ class Copy:
     @property
     def submitted_at(self) -> float:
         """When it was admitted."""
-        return float(self.fields["submitted_at"])
+        return float(self.fields.get("submitted_at", 0))
 
     @property
     def hosts(self) -> frozenset[str]:
         """The hosts that its plan names."""
-        return frozenset(step["host"] for stage in json.loads(self.fields["plan"]) for step in stage)
+        return frozenset(step["host"] for stage in json.loads(self.fields.get("plan", "[]")) for step in stage)
 
     @property
     def fence(self) -> int:
@@ -111,8 +111,8 @@ class Mirror:
         """
         if state is State.STUCK:
             return
-        if len(hosts) > 1 and self.folder.exists():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # as in `drop`
+            if len(hosts) > 1 and self.folder.exists():
                 self.ends.mkdir(exist_ok=True)
                 self._write(self.ends / operation_id, json.dumps({"state": state, "submitted_at": submitted_at}))
         self.drop(operation_id)

@@ -6,7 +6,6 @@ keeps the instance locked. A frozen guest cannot wait for that.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import structlog
 from worker.compute.local import LocalHost, LocalInstance
 from worker.compute.snapshots import holding
 from worker.compute.snapshots.taking import Intent, intent_of, note_intent
-from worker.errors import FleetError
+from worker.compute.watching import HostWatch
 from worker.images.layout import SnapshotDir
 
 log = structlog.get_logger(__name__)
@@ -24,26 +23,13 @@ log = structlog.get_logger(__name__)
 HELD_TOO_LONG = 20.0
 """Seconds. A guest is held for a fraction of one; a busy guest's agent may take up to ten to flush its caches."""
 
-LOOK_EVERY = 1.0  # seconds; a look is a directory listing
 
-
-class HoldWatch(threading.Thread):
-    """Looks until the process ends. One per control worker."""
+class HoldWatch(HostWatch):
+    """One per control worker."""
 
     def __init__(self, hosts: Sequence[LocalHost]) -> None:
-        super().__init__(name="held guests", daemon=True)
-        self._hosts = hosts
+        super().__init__("held guests", hosts)
         self._since: dict[tuple[Path, int], float] = {}
-
-    def run(self) -> None:
-        """Look again and again."""
-        while True:
-            for host in self._hosts:
-                try:
-                    self.look(host)
-                except (FleetError, OSError) as error:
-                    log.warning("cannot let go of a guest; it is tried again", host=host.name, error=str(error))
-            time.sleep(LOOK_EVERY)
 
     def look(self, host: LocalHost) -> None:
         """Let go of every guest that has been held for too long."""
