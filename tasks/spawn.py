@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Annotated
 
 from celery import chain, group
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tasks.steps.provision import build_seed, create_disks, fetch_image, lend_snapshot, spawn_instance, wait_ready
 from worker.compute.provision import Readiness
@@ -35,11 +35,12 @@ class SpawnRequest(NewInstance, InstanceSpec):
             raise ValueError("console_line: allowed: some text to wait for, when wait_for is 'console'")
         return self
 
-    @model_validator(mode="after")
-    def _snapshot_has_an_id(self) -> SpawnRequest:
-        if self.image.startswith(SNAPSHOT) and not is_operation_id(self.image.removeprefix(SNAPSHOT)):
-            raise ValueError(f"image: allowed: {SNAPSHOT}ID with the id of a snapshot")
-        return self
+    @field_validator("image")
+    @classmethod
+    def _snapshot_has_an_id(cls, image: str) -> str:
+        if image.startswith(SNAPSHOT) and not is_operation_id(image.removeprefix(SNAPSHOT)):
+            raise ValueError(f"allowed: {SNAPSHOT}ID with the id of a snapshot")
+        return image
 
     def target(self, fleet: Registry, operation_id: str) -> Target:
         """Where the image is a snapshot, it must be known; one on another host is fetched by the fleet's transport."""
