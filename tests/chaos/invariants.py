@@ -37,7 +37,7 @@ ACCEPTED = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED, State.REJE
 class Played:
     """A round when it is over: the operation as it ended, and where the workers' logs were when it began.
 
-    `forgotten`: Redis lost the record after the operation had ended.
+    `forgotten`: Redis lost the record after the operation had ended. `lost_backups`: as in `Verdict`.
     """
 
     scenario: Scenario
@@ -47,6 +47,7 @@ class Played:
     logs: dict[Path, int]
     cancelled: bool = False
     forgotten: bool = False
+    lost_backups: int = 0
     boots: int | None = None
     checkpoints: frozenset[str] = frozenset()
 
@@ -71,6 +72,8 @@ def _ending(played: Played) -> Iterator[str]:
         yield f"the operation ended {state}: {played.record.error}"
     if played.cancelled or (fault and fault.name == "cancel"):
         wanted = {State.CANCELLED, State.SUCCEEDED}  # a cancel may come too late
+    elif played.lost_backups:
+        wanted = {State.SUCCEEDED, State.FAILED}  # libvirt lets nothing but a mirror be taken
     elif fault is None or (fault.harmless and not (fault.as_root and played.scenario.needs_space)):
         wanted = {State.SUCCEEDED}
     else:

@@ -16,6 +16,7 @@ def line(verdict: Verdict) -> str:
     """One round on one line."""
     took = f"recovered in {verdict.recovery:.1f} s" if verdict.recovery is not None else f"{verdict.seconds:.1f} s"
     remarks = ", slow" * verdict.slow + ", asked again" * verdict.asked_again + ", a worker ended" * verdict.restarts
+    remarks += ", libvirt lost sight of a backup" * verdict.lost_backups
     outcome = "VIOLATED" if verdict.violations else verdict.state
     return f"{verdict.round.number:4d}  {outcome:<10} {verdict.round}: {took}{remarks}"
 
@@ -45,6 +46,8 @@ def summary(verdicts: Sequence[Verdict]) -> str:
         lines.append(f"{again} operations were forgotten with all of Redis before any step began, and asked for again.")
     if restarts := sum(verdict.restarts for verdict in verdicts):
         lines.append(f"{restarts} times a worker ended by itself as Redis went away, and was started again.")
+    if lost := sum(verdict.lost_backups for verdict in verdicts):
+        lines.append(f"{lost} times libvirt lost sight of a backup; the guest ran on, and the remedy was followed.")
     return "\n".join(f"- {line}" for line in lines if line)
 
 

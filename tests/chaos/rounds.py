@@ -53,6 +53,8 @@ class Verdict:
 
     `restarts`: workers that ended by themselves. Celery 5.7 does when Redis goes away just between the delivery of a
     message and its acknowledgement; the supervisor is there for that, as systemd is in production.
+
+    `lost_backups`: guests that libvirt held in a backup that it knew nothing of, until the remedy was followed.
     """
 
     round: Round
@@ -64,6 +66,7 @@ class Verdict:
     asked_again: bool = False
     restarts: int = 0
     back: float | None = None
+    lost_backups: int = 0
     violations: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -110,8 +113,13 @@ def play(site: Site, what: Round) -> Verdict:
             site.relief = relief
             attempt = Attempt(site, scenario, fault, what, instance)
             record = attempt.run()
+        lost_backups = site.end_lost_backups()
         played = Played(
-            scenario, fault, instance, record, attempt.logs, what.step == UNDO, attempt.forgotten, boots, checkpoints
+            *(scenario, fault, instance, record, attempt.logs, what.step == UNDO),
+            forgotten=attempt.forgotten,
+            lost_backups=lost_backups,
+            boots=boots,
+            checkpoints=checkpoints,
         )
         found = [*attempt.complaints, *violations(site, played)]
     found += watch.complaints()
@@ -126,7 +134,9 @@ def play(site: Site, what: Round) -> Verdict:
     slow = recovery is not None and limit is not None and recovery > limit
     restarts = site.supervisor.unexpected()
     return Verdict(
-        what, record.state.value, attempt.hit, seconds, recovery, slow, attempt.asked_again, restarts, back, found
+        *(what, record.state.value, attempt.hit, seconds, recovery, slow, attempt.asked_again, restarts, back),
+        lost_backups=lost_backups,
+        violations=found,
     )
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
+
+import pytest
 
 from tests.fleet.conftest import Spawn
 from tests.fleet.parts import Scheduler, disk_of, image_info, snapshots, virsh
 from tests.fleet.writer import WRITER, check_file_system, console, counters, goes_on
-from tests.lab import LabHost, wait_until
+from tests.lab import Fleet, LabHost, wait_until
 
 
 def test_a_chain_shows_each_of_its_instants(
@@ -59,6 +63,27 @@ def test_without_its_checkpoint_the_next_one_is_full_and_says_so(host: LabHost, 
     assert [one.parent for one in taken] == [None, None, "second", None]
     assert "full instead of incremental" in taken[1].notes[-1]
     assert "full instead" not in str(taken[3].notes)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: libvirt's status files are elsewhere for others")
+def test_where_libvirt_lets_no_backup_begin_the_next_one_is_full_and_the_doctor_says_why(
+    fleet: Fleet, host: LabHost, spawn: Spawn, snapshot: Spawn
+) -> None:
+    name = spawn()["instance"]
+    assert snapshot(name, incremental=True, operation_id="before")["state"] == "succeeded"
+    host.lose_sight_of_backup(name)
+    assert snapshot(name, incremental=True, operation_id="meanwhile")["state"] == "succeeded"
+    refused = snapshot(name, method="backup")
+    assert refused["state"] == "failed"
+    findings = json.loads(fleet.cli("doctor", "--json").stdout)["findings"]
+    remedy = next(one["remedy"] for one in findings if one["code"] == "lost_backup")
+    assert remedy in refused["error"]["hint"]
+    host.follow(remedy)
+    assert snapshot(name, incremental=True, operation_id="after")["state"] == "succeeded"
+    _, meanwhile, after = snapshots(host)
+    assert (meanwhile.method, meanwhile.parent, meanwhile.checkpoint) == ("mirror", None, None)
+    assert "full instead of incremental" in meanwhile.notes[-1]
+    assert after.parent == "before"
 
 
 def test_checkpoints_of_what_failed_are_gone(host: LabHost, spawn: Spawn, snapshot: Spawn) -> None:

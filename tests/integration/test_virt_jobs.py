@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 
 from tests.lab import LabHost, lab_folder, wait_until
 from worker.context import Alone
-from worker.errors import CheckpointMissing, InvalidState, JobLost
+from worker.errors import CheckpointMissing, HypervisorError, InvalidState, JobLost
 from worker.models import MIB, Disk, DomainConfig, Owner, PowerState
 from worker.virt import checkpoints
 from worker.virt.guest import Guest
@@ -143,6 +144,31 @@ def test_a_backup_is_found_again_after_libvirtd_was_killed(lab: LabHost, guest: 
         ended(job)
         job.require_success()
         assert_same(again, chosen)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: libvirt's status files are elsewhere for others")
+def test_a_backup_that_libvirt_has_lost_sight_of_is_told_and_can_be_ended(lab: LabHost, guest: Guest) -> None:
+    pid = lab.qemu_pid(guest.name)
+    lab.lose_sight_of_backup(guest.name)
+    with connected(lab) as host:
+        held = host.guest(guest.uuid)
+        assert held.has_lost_job()
+        with pytest.raises(HypervisorError, match="lost sight") as told:
+            BackupJob(held).begin(targets(lab, "refused"))
+        mirror = MirrorJob(held, "vda")
+        mirror.begin(empty(lab, "mirrored"))
+        wait_until(mirror.is_ready, 60, "the mirror is ready")
+        mirror.end()
+    lab.follow(told.value.hint)
+    with connected(lab) as host:
+        freed = host.guest(guest.uuid)
+        assert not freed.has_lost_job()
+        job, chosen = BackupJob(freed), targets(lab, "freed")
+        job.begin(chosen)
+        ended(job)
+        job.require_success()
+        assert_same(freed, chosen)
+    assert lab.qemu_pid(guest.name) == pid
 
 
 def test_a_guest_that_is_powered_off_takes_its_backup_with_it(lab: LabHost, guest: Guest) -> None:

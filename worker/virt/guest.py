@@ -61,6 +61,7 @@ _JOBS = {
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "commit",
 }
 
+_STATUS_FILES = Path("/run/libvirt/qemu")
 _JOB_POLL = 0.1  # seconds; a look costs 0.5 ms
 _ABORT_PATIENCE = 10.0  # seconds
 
@@ -371,8 +372,8 @@ class Guest:
 
         libvirt 9.0 that is killed within some 50 ms of being asked for one comes back so: its status file names the job
         (`<job type='none' async='backup' .../>`), and nothing of the backup. It lets no other backup begin, nor a save,
-        and abortJob does nothing; a guest that shuts down stays where it
-        is then. Mirrors work, and so does to destroy it; but only a libvirtd that starts anew then lets it start.
+        and abortJob does nothing; a guest that shuts down stays where it is then. Mirrors work, and so does to destroy
+        it; but only a libvirtd that starts anew then lets it start.
         """
         try:
             self.job_stats()
@@ -382,14 +383,18 @@ class Guest:
             raise
         return False
 
+    def lost_job_remedy(self) -> str:
+        """How to end what `has_lost_job` tells of: libvirtd reads a guest's status file only as it starts."""
+        forget = f"sed -i \"/<job .*async='backup'.*\\/>/d\" {_STATUS_FILES / self.name}.xml"
+        return f"On that host, while the guest runs on: {forget} && systemctl restart libvirtd (or virtqemud)."
+
     def require_sight_of_job(self) -> None:
         """Raise HypervisorError where `has_lost_job`."""
         if self.has_lost_job():
             raise HypervisorError(
                 f"libvirt on host {self.host} has lost sight of a backup of {self.name}, which it was beginning when it"
                 " was killed, and lets neither another one begin nor its memory be saved",
-                hint="Take the snapshot with --method mirror. To end it: power the guest off by force "
-                f"(virtfleet power off {self.name} --timeout 0), restart libvirtd there, and power it on.",
+                hint=f"{self.lost_job_remedy()} Until then: --method mirror.",
             )
 
     def abort_job(self) -> None:

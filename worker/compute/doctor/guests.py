@@ -73,7 +73,17 @@ def _define(local: LocalHost, seen: Guest) -> None:
 
 def _jobs(local: LocalHost, guest: Guest, owners: list[object]) -> Iterator[Suspect]:
     jobs = guest.block_jobs()
-    if guest.has_backup():
+    if guest.has_lost_job():
+        yield suspect(
+            Severity.ERROR,
+            "lost_backup",
+            f"libvirt holds domain {guest.name!r} in a backup of which it knows nothing, and lets neither another one"
+            " begin nor its memory be saved; a guest that is powered off then does not start again",
+            where=guest.name,
+            remedy=guest.lost_job_remedy(),
+            owners=owners,
+        )
+    elif guest.has_backup():
         jobs[BACKED_UP] = "backup"
     for target, kind in jobs.items():
         yield suspect(

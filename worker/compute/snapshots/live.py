@@ -32,6 +32,11 @@ POLL = 0.02
 GOES_OFF = 2.0
 """Seconds between the end of a guest's jobs and that of the guest, when it is powered off."""
 
+OUT_OF_CHAIN = (
+    "full instead of incremental, and no later one goes on from it: libvirt has lost sight of a backup of this guest,"
+    " and lets no other one begin (virtfleet doctor says how to end that)"
+)
+
 CRAWL = MIB
 """Bytes per second until the guest is thawed: beside a copy at full speed its agent answered after 40 to 400 ms, on two
 busy cores; beside one that crawls after 20 to 50."""
@@ -61,7 +66,7 @@ def method(this: Taking) -> str:
             f" backups need {'.'.join(map(str, NEEDS_BACKUP))}",
             hint="Use --method mirror.",
         )
-    if this.spec.method == "auto" and not this.spec.incremental and this.guest.has_lost_job():
+    if this.spec.method == "auto" and this.guest.has_lost_job():
         return "mirror"
     return "backup" if can_back_up and this.spec.method != "mirror" else "mirror"
 
@@ -162,7 +167,8 @@ def _by_mirror(this: Taking) -> Taken:
             job.end()
         moment = now()
     disks = tuple(this.taken_disk(disk, this.folder.taken(disk.target), "qcow2") for disk in this.disks)
-    taken = Taken(method="mirror", taken_at=moment, power=power, **_achieved(hold), disks=disks)
+    notes = [OUT_OF_CHAIN] * this.spec.incremental
+    taken = Taken(method="mirror", taken_at=moment, power=power, **_achieved(hold, *notes), disks=disks)
     this.remember(taken)
     return taken
 
