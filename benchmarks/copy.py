@@ -15,7 +15,7 @@ from benchmarks.common import Result, interleaved, milliseconds, report
 from tests.lab import LabHost, lab_folder
 from worker.context import Alone
 from worker.images import nbd, remote
-from worker.images.digest import content_digest
+from worker.images.checksum import checksum_of
 from worker.images.files import publish
 from worker.models import Peer
 
@@ -74,7 +74,7 @@ def main() -> int:
 def proven_copy(peer: Peer, source: Path, target: Path, copying: remote.Copying) -> None:
     """As the steps do it: the source is read while it is copied, the target is read back."""
     with ThreadPoolExecutor(1) as pool:
-        there = pool.submit(content_digest, source, Alone())
+        there = pool.submit(checksum_of, source, Alone())
         unfinished = target.with_suffix(".part")
         here = remote.fetch(peer, source, unfinished, copying, Alone(), total=source.stat().st_size)
         if here != there.result():

@@ -87,6 +87,7 @@ Network = Annotated[str, AfterValidator(_checked_network)]
 UserData = Annotated[str, AfterValidator(_checked_user_data)]
 SshKey = Annotated[str, AfterValidator(_checked_ssh_key)]
 Sha256 = Annotated[str, AfterValidator(_checked_sha256)]
+Checksum = Annotated[str, StringConstraints(pattern=r"^(blake3:)?[0-9a-f]{64}$")]
 # Strict: that pydantic takes "2" and true for numbers hides mistakes.
 Vcpus = Annotated[int, Strict(), Field(ge=1, le=1024)]
 MemoryMib = Annotated[int, Strict(), Field(ge=16, le=64 * 1024 * 1024)]
@@ -320,7 +321,7 @@ class SnapshotDisk(Frozen):
     format: DiskFormat
     virtual_size: int
     actual_size: int
-    checksum: Sha256
+    checksum: Checksum
     """As `worker.images.checksum` defines it."""
     backing: str | None = None
 
@@ -351,7 +352,7 @@ class RootFile(Frozen):
     format: DiskFormat
     size: int
     allocated: int
-    checksum: Sha256
+    checksum: Checksum
     backing: str | None
 
 

@@ -26,6 +26,7 @@ from tests.lab.fleet import KINDS, WorkerKind
 from tests.lab.process import Process
 from worker.app import SHARED_QUEUE, app
 from worker.client import Fleet as Client
+from worker.context import Alone
 from worker.engine.kinds import kind_of
 from worker.engine.record import Record, State
 from worker.images import snapshots
@@ -343,7 +344,7 @@ class Site:
         """What is wrong with the content of a published snapshot."""
         folder = DataDir(self.home.data).snapshot(snapshot.id).path
         for disk in snapshot.disks:
-            if checksum_of(folder / disk.file) != disk.checksum:
+            if checksum_of(folder / disk.file, Alone()) != disk.checksum:
                 yield f"{snapshot.id}: the checksum of {disk.target} is wrong"
         disks = {disk.target: folder / disk.file for disk in snapshot.disks}
         marks = {

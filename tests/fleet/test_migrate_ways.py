@@ -106,8 +106,8 @@ def test_over_nbd_a_cut_cable_is_survived_without_sending_again_what_has_arrived
 
 
 def proven(folder: Path) -> int:
-    """Bytes of the root disk that have come over NBD, and whose digests are noted."""
-    notes = folder.glob(".root.qcow2.*.part.digests") if folder.exists() else []
+    """Bytes of the root disk that have come over NBD, and whose sums are noted."""
+    notes = folder.glob(".root.qcow2.*.part.sums") if folder.exists() else []
     return sum(path.stat().st_size // 32 * MIB for path in notes)
 
 

@@ -17,7 +17,7 @@ from tests.lab.pki import Authority
 from worker.context import Alone
 from worker.errors import Cancelled, ConnectionMisconfigured, TransferInterrupted
 from worker.images import nbd
-from worker.images.digest import content_digest
+from worker.images.checksum import checksum_of
 from worker.images.nbd import Nbd
 from worker.models import Peer
 
@@ -86,10 +86,10 @@ def test_content_and_holes_arrive(host: LabHost, peer: Peer, how: Nbd, source: P
     with lent(host, how, source):
         found = fetch(peer, source, target, how, watch)
     assert target.read_bytes() == source.read_bytes()
-    assert found == content_digest(source, Alone())
+    assert found == checksum_of(source, Alone())
     assert target.stat().st_blocks <= 1.02 * source.stat().st_blocks
     assert watch.last_progress[:2] == (target.stat().st_size, target.stat().st_size)
-    assert [path.name for path in tmp_path.iterdir() if "digests" in path.name] == []
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".sums"] == []
 
 
 def test_what_has_arrived_is_not_sent_again(host: LabHost, peer: Peer, how: Nbd, source: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_what_has_arrived_is_not_sent_again(host: LabHost, peer: Peer, how: Nbd,
     with lent(host, how, source):
         with pytest.raises(Cancelled):
             fetch(peer, source, target, how, watch)
-        verified = (tmp_path / "target.digests").stat().st_size // 32
+        verified = (tmp_path / "target.sums").stat().st_size // 32
         before = host.cable.received()
         fetch(peer, source, target, how)
     assert verified >= 24

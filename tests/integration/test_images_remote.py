@@ -15,7 +15,7 @@ from tests.lab import LabHost, wait_until
 from worker.context import Alone
 from worker.errors import Cancelled, CommandFailed, ConnectionMisconfigured, TransferInterrupted
 from worker.images import remote
-from worker.images.digest import content_digest
+from worker.images.checksum import checksum_of
 from worker.models import Peer
 
 MIB = 1024**2
@@ -41,7 +41,7 @@ def source(host: LabHost) -> Path:
 
 
 def digest(path: Path) -> str:
-    return content_digest(path, Alone())
+    return checksum_of(path, Alone())
 
 
 def test_content_and_holes_arrive(peer: Peer, copying: remote.Copying, source: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from worker.errors import (
     UnsupportedByHost,
 )
 from worker.images import qemu_img, remote
-from worker.images.digest import content_digest
+from worker.images.checksum import checksum_of, is_current
 from worker.images.files import locked, publish, replace_json, size_of
 from worker.images.layout import DataDir
 from worker.images.remote import Copying
@@ -69,7 +69,7 @@ class Base(Frozen):
 
 
 class Copied(Frozen):
-    """A file that has arrived: its digest, read from this host's disk, and its size in bytes."""
+    """A file that has arrived: its checksum, read from this host's disk, and its size in bytes."""
 
     digest: str
     size: int
@@ -216,7 +216,7 @@ def copy_file(instance: LocalInstance, name: str, part: Part, peer: Peer, ctx: C
     folder = instance.folder
     done = next((path for path in (folder.path / name, folder.verified(name)) if path.exists()), None)
     if done is not None:
-        digest = content_digest(done, ctx)
+        digest = checksum_of(done, ctx)
     else:
         done = folder.partial(name)
         digest = remote.fetch(peer, peer.data_dir / part.path, done, how, ctx, total=part.size)
@@ -227,13 +227,17 @@ def copy_file(instance: LocalInstance, name: str, part: Part, peer: Peer, ctx: C
 def verify(
     instance: LocalInstance, departure: Departure, cargo: Cargo, pairs: dict[str, tuple[str, str]], ctx: Context
 ) -> None:
-    """Put the files in place whose content here is what it is at home; `pairs`: digests there and here, by name.
+    """Put the files in place whose content here is what it is at home; `pairs`: checksums there and here, by name.
 
     Raises `ChecksumMismatch`: then nothing is put in place.
     """
     for name, (there, here) in pairs.items():
         if there != here:
-            raise ChecksumMismatch(f"{name} of {instance.name} arrived with other content than it was sent with")
+            of_one_kind = is_current(there) == is_current(here)
+            raise ChecksumMismatch(
+                f"{name} of {instance.name} arrived with other content than it was sent with",
+                hint="" if of_one_kind else "The hosts' workers differ in version: upgrade both.",
+            )
     with instance.owned(ctx) as folder:
         for name in pairs:
             if (folder.path / name).exists():

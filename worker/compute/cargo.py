@@ -14,7 +14,7 @@ from worker.compute.local import LocalHost, LocalInstance
 from worker.context import Context, Watcher
 from worker.errors import ConnectionMisconfigured, InternalError
 from worker.images import nbd, qemu_img, remote
-from worker.images.digest import content_digest
+from worker.images.checksum import checksum_of
 from worker.images.files import publish, require_space
 from worker.images.layout import InstanceDir
 from worker.images.nbd import Nbd
@@ -38,7 +38,7 @@ class Cargo(Frozen):
 
 
 class Fingerprint(Frozen):
-    """The digest of what is sent, and of what is kept for a way back: the same unless it is flattened."""
+    """The checksum of what is sent, and of what is kept for a way back: the same unless it is flattened."""
 
     sent: str
     kept: str
@@ -100,10 +100,10 @@ def _flattened(instance: LocalInstance, folder: InstanceDir, ctx: Context) -> Pa
 
 
 def fingerprint(instance: LocalInstance, name: str, cargo: Cargo, ctx: Context) -> Fingerprint:
-    """The digests of a file of the copy that is set aside."""
+    """The checksums of a file of the copy that is set aside."""
     kept, sent = instance.aside.folder.path / name, instance.local.data.root / cargo.parts[name].path
-    digest = content_digest(kept, ctx)
-    return Fingerprint(sent=digest if sent == kept else content_digest(sent, ctx), kept=digest)
+    checksum = checksum_of(kept, ctx)
+    return Fingerprint(sent=checksum if sent == kept else checksum_of(sent, ctx), kept=checksum)
 
 
 # --- lent -------------------------------------------------------------------------------------------------------------

@@ -15,15 +15,15 @@ from pathlib import Path
 
 from worker.context import Watcher
 from worker.errors import CommandFailed, ConnectionMisconfigured, TransferInterrupted
+from worker.images.checksum import BLOCK, combined, sum_of_block, sum_of_hole
 from worker.images.command import Command, run
-from worker.images.digest import BLOCK, ZERO_BLOCK, digest_of_block, digest_of_blocks
 from worker.images.files import human_size, locked, out_of_space_is_an_error
 from worker.images.nbd_client import Broken, Busy, Connection, NbdError, NoSuchExport, Piece
 from worker.models import Peer
 
 _AT_ONCE = 16  # reads of a block each under way on a connection
-_UNHASHED = 64  # blocks that may wait for their digest
-_DIGEST = len(ZERO_BLOCK)
+_UNHASHED = 64  # blocks that may wait for their sums
+_SUM = 32  # bytes
 _LOOK_AGAIN = 0.5  # seconds
 HINT = (
     "VIRTFLEET_NBD_TLS_DIR must hold what libvirt needs for migration over TLS: ca-cert.pem, server-cert.pem, "
@@ -117,10 +117,10 @@ def fetch(
     stall: float,
     bandwidth: int | None = None,
 ) -> str:
-    """Copy `source` of another host, of `total` bytes, to `target`, and return its digest (`content_digest`).
+    """Copy `source` of another host, of `total` bytes, to `target`, and return its checksum.
 
-    What is there already and still is what arrived is kept; the digests of its blocks lie beside it. Each block is
-    read back from the file, so that the digest is that of the file; holes stay holes.
+    What is there already and still is what arrived is kept; the sums of its blocks lie beside it. Each block is
+    read back from the file, so that the checksum is that of the file; holes stay holes.
     Raises TransferInterrupted, ConnectionMisconfigured, NoSpace, InstanceLocked, and what `watch` raises.
     """
     lock = target.with_name(f"{target.name}.lock")
@@ -139,7 +139,7 @@ def fetch(
                 f" {human_size(arrived.done)}: {error}",
                 hint="What has arrived is kept and continued.",
             ) from error
-        return arrived.digest()
+        return arrived.checksum()
 
 
 def _copy(connection: Connection, arrived: _Arrived, watch: Watcher, bandwidth: int | None) -> None:
@@ -209,11 +209,11 @@ def _find(
 
 
 class _Arrived:
-    """A file on its way: which of its blocks are here, each with its digest in a file beside it."""
+    """A file on its way: which of its blocks are here, each with its sum in a file beside it."""
 
     def __init__(self, target: Path, total: int) -> None:
         self.total, self.done = total, 0
-        self._target, self._digests = target, target.with_name(f"{target.name}.digests")
+        self._target, self._sums = target, target.with_name(f"{target.name}.sums")
         self._proven: list[bytes] = []
         self._hashing: deque[Future[bytes]] = deque()
         self._finished: set[int] = set()
@@ -221,7 +221,7 @@ class _Arrived:
 
     def __enter__(self) -> _Arrived:
         self._file = os.open(self._target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._note = os.open(self._digests, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._note = os.open(self._sums, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -229,18 +229,18 @@ class _Arrived:
         os.close(self._note)
 
     def prove(self, watch: Watcher) -> None:
-        """Keep what is here up to the first block that is not what its digest says."""
+        """Keep what is here up to the first block that is not what its sum says."""
         noted = os.pread(self._note, os.fstat(self._note).st_size, 0)
         size = os.fstat(self._file).st_size
-        for start in range(0, len(noted) - _DIGEST + 1, _DIGEST):
-            offset, wanted = self.done, noted[start : start + _DIGEST]
+        for start in range(0, len(noted) - _SUM + 1, _SUM):
+            offset, wanted = self.done, noted[start : start + _SUM]
             length = self.length_at(offset, self.total)
             if not length or offset + length > size or self._read_back(offset, length) != wanted:
                 break
             self._proven.append(wanted)
             self.done += length
             watch.progress(self.done, self.total, "checking what has arrived")
-        os.ftruncate(self._note, len(self._proven) * _DIGEST)
+        os.ftruncate(self._note, len(self._proven) * _SUM)
         os.lseek(self._note, 0, os.SEEK_END)
         os.ftruncate(self._file, self.done)
         os.ftruncate(self._file, self.total)
@@ -260,36 +260,36 @@ class _Arrived:
             at, data = at + written, data[written:]
 
     def finish(self, offset: int, pool: ThreadPoolExecutor) -> None:
-        """A block is here. Its digest is taken in turn, and what was taken is noted."""
+        """A block is here. Its sum is taken in turn, and what was taken is noted."""
         self._finished.add(offset)
         while self.done in self._finished:
             self._finished.remove(self.done)
             length = self.length_at(self.done, self.total)
-            self._hashing.append(pool.submit(self._digest_at, self.done, length))
+            self._hashing.append(pool.submit(self._sum_at, self.done, length))
             self.done += length
         while self._hashing and (self._hashing[0].done() or len(self._hashing) > _UNHASHED):
             self._take()
 
     def settle(self) -> None:
-        """Wait for the last digests."""
+        """Wait for the last sums."""
         while self._hashing:
             self._take()
 
-    def digest(self) -> str:
+    def checksum(self) -> str:
         """The file's, once all of it is here; what was noted is needed no more."""
-        self._digests.unlink(missing_ok=True)
-        return digest_of_blocks(self._proven, self.total)
+        self._sums.unlink(missing_ok=True)
+        return combined(self._proven)
 
     def _take(self) -> None:
         found = self._hashing.popleft().result()
         self._proven.append(found)
         os.write(self._note, found)
 
-    def _digest_at(self, offset: int, length: int) -> bytes:
+    def _sum_at(self, offset: int, length: int) -> bytes:
         if offset not in self._with_data:
-            return ZERO_BLOCK
+            return sum_of_hole(length)
         self._with_data.discard(offset)
         return self._read_back(offset, length)
 
     def _read_back(self, offset: int, length: int) -> bytes:
-        return digest_of_block(os.pread(self._file, length, offset))
+        return sum_of_block(os.pread(self._file, length, offset))

@@ -14,8 +14,8 @@ from typing import Any
 from worker.context import Watcher
 from worker.errors import CommandFailed, ConnectionMisconfigured, InstanceLocked, TransferInterrupted
 from worker.images import nbd
+from worker.images.checksum import checksum_of
 from worker.images.command import Command, Progress, run
-from worker.images.digest import content_digest
 from worker.images.files import human_size, locked, size_of
 from worker.images.nbd import Nbd
 from worker.models import Peer
@@ -90,15 +90,15 @@ def reach(peer: Peer, copying: Copying, watch: Watcher) -> None:
 def fetch(peer: Peer, source: Path, target: Path, copying: Copying, watch: Watcher, *, total: int) -> str:
     """Copy `source` of another host, of `total` bytes, to `target`, continuing what is there; holes stay holes.
 
-    Returns the digest of what is there now, read back (see `content_digest`). Progress in bytes.
+    Returns the checksum of what is there now, read back. Progress in bytes.
     `target` is locked while anything still writes to it, also what a killed worker left running.
     Raises TransferInterrupted, ConnectionMisconfigured, NoSpace, Stalled, InstanceLocked, and what `watch` raises.
     """
-    return bring(peer, source, target, copying, watch, total=total) or content_digest(target, watch)
+    return bring(peer, source, target, copying, watch, total=total) or checksum_of(target, watch)
 
 
 def bring(peer: Peer, source: Path, target: Path, copying: Copying, watch: Watcher, *, total: int) -> str | None:
-    """`fetch` for who has another way to see that all is well: the digest only where it costs nothing."""
+    """`fetch` for who has another way to see that all is well: the checksum only where it costs nothing."""
     with _slot(copying, watch) as slot:
         if copying.nbd:
             stall, bandwidth = copying.stall, copying.bandwidth

@@ -120,7 +120,7 @@ class _RootDisk(Source):
         layer, proven, part = self._there.layers[number], self._path(number, "proven"), self._path(number, "part")
         if not proven.exists():
             self._bring(layer, part, watch)
-            if seal([part], watch)[part] != layer.checksum:
+            if seal([part], watch, like=layer.checksum)[part] != layer.checksum:
                 part.unlink()
                 raise SnapshotDamaged(
                     f"{self.name}: {layer.path} of host {self._link.peer.name} is not what it was when it was taken",
