@@ -17,10 +17,11 @@ from tests.lab.redis import Redis
 from worker.engine import keys
 from worker.engine.connection import connect
 from worker.engine.journal import Admission, Journal, Lease, Phase
+from worker.engine.lease import LeaseKeeper
 from worker.engine.mirror import Copy, Mirror, MirrorWatch
 from worker.engine.patience import patiently
 from worker.engine.record import Record, State, StepPlan, StepState, UndoEntry
-from worker.errors import BrokerUnavailable, OperationNotFound, RecordUnreadable
+from worker.errors import BrokerUnavailable, FencedOff, OperationNotFound, RecordUnreadable
 
 CHAIN = ((StepPlan("copy", "copy", "h1", "disk"),), (StepPlan("boot", "boot", "h1", "control"),))
 GROUP = (tuple(StepPlan(key, "copy", "h1", "disk") for key in ("left", "right")),)
@@ -275,6 +276,21 @@ def test_a_lease_that_ran_out_is_taken_back_when_nobody_took_over(journal: Journ
     lose_lease(journal, lease)
     assert journal.renew(lease) == ("held", False)
     assert refusal(journal) == "leased"
+
+
+def test_who_stood_still_between_taking_a_step_and_beginning_learns_that_it_is_anothers(
+    journal: Journal, tmp_path: Path
+) -> None:
+    admit(journal, "op")
+    old = take(journal)
+    lose_lease(journal, old)
+    take(journal, by="second")
+    with (
+        settings(data_dir=tmp_path),
+        LeaseKeeper(journal, replace(old, asked_at=old.asked_at - 60)) as keeper,
+        pytest.raises(FencedOff),
+    ):
+        keeper.check()
 
 
 def test_a_lease_is_lost_when_somebody_took_over(journal: Journal) -> None:

@@ -68,11 +68,11 @@ def plan(instance: LocalInstance, wanted: NewSizes, ctx: Context) -> Plan:
         require_ours(guest)
         power = guest.power()
         _refuse_saved(instance, power)
-        can = host.domain_capabilities(guest.accel())
-    before = Sizes.of(spec)
-    found = Plan(before=before, after=wanted.after(before), power=power)
+        before = Sizes.of(spec)
+        found = Plan(before=before, after=wanted.after(before), power=power)
+        if found.after.vcpus > before.vcpus:
+            host.domain_capabilities(guest.accel()).require_vcpus(found.after.vcpus)
     refuse_shrinking(instance.folder, found)
-    can.require_vcpus(found.after.vcpus)
     require_space(instance.folder.path, METADATA_BYTES, instance.local.settings.reserve_bytes)
     return found
 
@@ -124,6 +124,7 @@ def resize_disks(instance: LocalInstance, plan: Plan, ctx: Context) -> DiskSet:
         return DiskSet(disks=())
     ctx.undo("revert_resize", name=instance.name, uuid=instance.uuid)
     with _stopped(instance, ctx) as (folder, _, guest):
+        guest.claim(instance.owner(ctx))
         old = require_spec(instance)
         found, spec = disks.present(folder, old), plan.after.on(old)
         _remember(folder, guest, old, found, ctx)
@@ -222,7 +223,7 @@ def _stopped(instance: LocalInstance, ctx: Context) -> Iterator[tuple[InstanceDi
     with instance.owned(ctx) as folder, instance.local.libvirt() as host:
         guest = host.guest(instance.uuid)
         require_ours(guest)
-        guest.claim(instance.owner(ctx))
+        guest.check_fence(instance.owner(ctx))
         if (power := guest.power()) not in OFF:
             raise InvalidState(f"{instance.name} is {power}: its disks cannot be resized", hint="Who started it?")
         yield folder, host, guest

@@ -77,8 +77,7 @@ def execute(made: Step[Any], task: Any, operation_id: str, key: str, instance: s
             return _decline(task, book, answer, operation_id, key)
         with LeaseKeeper(book, lease) as keeper:
             ctx = StepContext(keeper.record(), lease, keeper, book, task)
-            with _logged(ctx):
-                ending = _attempt(made, ctx)
+            ending = _attempt(made, ctx)
             committed = _commit(made, ctx, book, keeper, ending)
         return _go_on(task, ctx, ending, committed=committed)
 
@@ -125,7 +124,8 @@ def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
     if lost > MOST_LOST:
         return Ending("failed", error=WorkerLost(f"the worker died {lost} times or more in this step"))
     try:
-        with watched_by(ctx):
+        ctx.check()  # this process may have stood still since it took the step
+        with _logged(ctx), watched_by(ctx):
             result = made.run(ctx)
         ctx.flush()
         return Ending("done", result)

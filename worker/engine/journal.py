@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import resources
@@ -62,6 +63,8 @@ class Lease:
     fence: int
     attempt: int
     worker: str
+    asked_at: float = field(compare=False)
+    """When it was asked for, by this machine's monotonic clock: it runs from there, whenever its holder hears of it."""
     fields: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     """The operation's record of the instant in which the lease was taken, as Redis held it; and its undo entries."""
     undo: list[str] = field(default_factory=list, compare=False, repr=False)
@@ -236,6 +239,7 @@ class Journal:
         self, operation_id: str, step: str, instance: str, *, worker: str, token: str, phase: Phase
     ) -> tuple[Answer, Lease | None]:
         """Ask to execute a step on an instance; with the answer "yours" comes a lease."""
+        asked_at = time.monotonic()
         answer = self._run(
             "acquire",
             [
@@ -253,7 +257,7 @@ class Journal:
             return answer[0], None
         _, fence, attempt, flat, undo = answer
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
-        return "yours", Lease(operation_id, step, token, int(fence), int(attempt), worker, fields, undo)
+        return "yours", Lease(operation_id, step, token, int(fence), int(attempt), worker, asked_at, fields, undo)
 
     def renew(self, lease: Lease) -> tuple[Kept, bool]:
         """Keep a lease; also says whether a cancel was asked for."""

@@ -40,7 +40,7 @@ class LeaseKeeper:
         self.silent = False
         """Whether Redis did not answer the last renewal."""
         self._stop: FleetError | None = None
-        self._heard_at = time.monotonic()
+        self._heard_at = lease.asked_at
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"lease {lease.step}", daemon=True)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from worker.context import Alone, Watcher
 from worker.errors import CommandFailed, NoSpace, Stalled, UnsupportedByHost
+from worker.images.writeback import written_out
 
 Progress = tuple[int, int | None]
 
@@ -74,7 +75,8 @@ def run(
     process = _start(command, pass_fds)
     running = _Running(process, command, watch or Alone(), stall)
     try:
-        exit_code = running.to_the_end()
+        with written_out(*filter(None, [command.output])):
+            exit_code = running.to_the_end()
     except BaseException:
         _kill(process)
         raise

@@ -19,6 +19,7 @@ from worker.images.checksum import BLOCK, combined, sum_of_block, sum_of_hole
 from worker.images.command import Command, run
 from worker.images.files import human_size, locked, out_of_space_is_an_error
 from worker.images.nbd_client import Broken, Busy, Connection, NbdError, NoSuchExport, Piece
+from worker.images.writeback import written_out
 from worker.models import Peer
 
 _AT_ONCE = 16  # reads of a block each under way on a connection
@@ -144,7 +145,7 @@ def fetch(
 
 def _copy(connection: Connection, arrived: _Arrived, watch: Watcher, bandwidth: int | None) -> None:
     """Copy what is missing; however it ends, what has arrived by then is noted."""
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, written_out(arrived.target):
         try:
             _copy_blocks(connection, arrived, pool, watch, bandwidth=bandwidth)
         finally:
@@ -213,14 +214,14 @@ class _Arrived:
 
     def __init__(self, target: Path, total: int) -> None:
         self.total, self.done = total, 0
-        self._target, self._sums = target, target.with_name(f"{target.name}.sums")
+        self.target, self._sums = target, target.with_name(f"{target.name}.sums")
         self._proven: list[bytes] = []
         self._hashing: deque[Future[bytes]] = deque()
         self._finished: set[int] = set()
         self._with_data: set[int] = set()
 
     def __enter__(self) -> _Arrived:
-        self._file = os.open(self._target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = os.open(self.target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._note = os.open(self._sums, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         return self
 

@@ -14,7 +14,7 @@ from typing import Any
 from worker.context import Watcher
 from worker.errors import CommandFailed, ConnectionMisconfigured, InstanceLocked, TransferInterrupted
 from worker.images import nbd
-from worker.images.checksum import checksum_of
+from worker.images.checksum import seal
 from worker.images.command import Command, Progress, run
 from worker.images.files import human_size, locked, size_of
 from worker.images.nbd import Nbd
@@ -94,7 +94,7 @@ def fetch(peer: Peer, source: Path, target: Path, copying: Copying, watch: Watch
     `target` is locked while anything still writes to it, also what a killed worker left running.
     Raises TransferInterrupted, ConnectionMisconfigured, NoSpace, Stalled, InstanceLocked, and what `watch` raises.
     """
-    return bring(peer, source, target, copying, watch, total=total) or checksum_of(target, watch)
+    return bring(peer, source, target, copying, watch, total=total) or seal([target], watch)[target]
 
 
 def bring(peer: Peer, source: Path, target: Path, copying: Copying, watch: Watcher, *, total: int) -> str | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from worker.compute.local import LocalInstance
 from worker.compute.snapshots import chain, cold
@@ -23,6 +24,7 @@ from worker.errors import (
 )
 from worker.images import qemu_img
 from worker.images.files import available_space, human_size
+from worker.images.writeback import written_out
 from worker.models import MIB, DiskFormat, GuestDisk, SnapshotSpec, Taken, TakenDisk
 from worker.virt.jobs import NEEDS_BACKUP, UNLIMITED, BackupJob, BlockTarget, JobProgress, MirrorJob
 
@@ -80,7 +82,7 @@ def _by_backup(this: Taking, taken: Taken | None) -> Taken:
         abandon(this.guest, this.folder, this.ctx)
         taken = _begin_backup(this, job)
     try:
-        _follow(this, job.progress, lambda: job.progress() is None)
+        _follow(this, [disk.path for disk in taken.disks], job.progress, lambda: job.progress() is None)
         job.require_success()
     except JobLost:
         abandon(this.guest, this.folder, this.ctx)
@@ -149,13 +151,14 @@ def _by_mirror(this: Taking) -> Taken:
     if taken:
         return taken
     jobs = [MirrorJob(this.guest, disk) for disk in this.targets]
-    if [job.target() for job in jobs] != [this.folder.taken(disk) for disk in this.targets]:
+    files = [this.folder.taken(disk) for disk in this.targets]
+    if [job.target() for job in jobs] != files:
         abandon(this.guest, this.folder, this.ctx)
         speeds = _speeds(this)
         for disk, job in zip(this.disks, jobs, strict=True):
             _begin_mirror(this, disk, job, speeds.get(disk.target))
     try:
-        _follow(this, lambda: _total(jobs), lambda: all(job.is_ready() for job in jobs) or _require_mirrors(this, jobs))
+        _follow(this, files, lambda: _total(jobs), lambda: _are_ready(this, jobs))
     except (InvalidState, HypervisorError) as error:
         _blame_power_off(this, error)
         raise
@@ -189,8 +192,10 @@ def _total(jobs: Sequence[MirrorJob]) -> JobProgress:
     return JobProgress(sum(part.done for part in parts), sum(part.total for part in parts))
 
 
-def _require_mirrors(this: Taking, jobs: Sequence[MirrorJob]) -> bool:
-    """Raise when a mirror has ended by itself: libvirt does not keep why. False while all go on."""
+def _are_ready(this: Taking, jobs: Sequence[MirrorJob]) -> bool:
+    """Whether all mirrors are. Raises when one has ended by itself: libvirt does not keep why."""
+    if all(job.is_ready() for job in jobs):
+        return True
     for disk, job in zip(this.targets, jobs, strict=True):
         if job.target() is None:
             free = available_space(this.folder.path)
@@ -211,19 +216,25 @@ def _blame_power_off(this: Taking, error: FleetError) -> None:
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
-def _follow(this: Taking, progress: Callable[[], JobProgress | None], ended: Callable[[], bool]) -> None:
-    """Report a job's progress until it has ended. Raises Stalled when it moves nothing for too long."""
+def _follow(
+    this: Taking, files: Iterable[Path], progress: Callable[[], JobProgress | None], ended: Callable[[], bool]
+) -> None:
+    """Report the progress of a job, which writes to these files, until it has ended.
+
+    Raises Stalled when it moves nothing for too long.
+    """
     stall = this.instance.local.settings.stall_timeout
     last, moved_at = JobProgress(-1, 0), time.monotonic()
-    while not ended():
-        if (seen := progress()) is not None:
-            this.ctx.progress(seen.done, seen.total, "copying")
-            if seen != last:
-                last, moved_at = seen, time.monotonic()
-        this.ctx.check()
-        if time.monotonic() - moved_at > stall:
-            raise Stalled(f"the copy of {this.guest.name} has moved nothing for {stall:g} s", seconds=stall)
-        time.sleep(POLL)
+    with written_out(*files):
+        while not ended():
+            if (seen := progress()) is not None:
+                this.ctx.progress(seen.done, seen.total, "copying")
+                if seen != last:
+                    last, moved_at = seen, time.monotonic()
+            this.ctx.check()
+            if time.monotonic() - moved_at > stall:
+                raise Stalled(f"the copy of {this.guest.name} has moved nothing for {stall:g} s", seconds=stall)
+            time.sleep(POLL)
 
 
 def _speeds(this: Taking) -> dict[str, int]:
