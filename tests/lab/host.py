@@ -14,6 +14,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from typing import Self
 from tests.lab.network import Cable, Keys
 from tests.lab.pki import Authority
 from tests.lab.process import Keeper, LabError, Process, kill9, tail, wait_until
+
+MEMORY = Path("/dev/shm")  # noqa: S108 - a folder of its own is made there
+"""Where /run of a host lies: on a tmpfs, as on every real one. libvirt syncs each change of a guest's state there."""
 
 SOCKET_PATH_BYTES = 107  # sun_path holds 108, one of them NUL: unix(7)
 # Under XDG_CONFIG_HOME, the longest path that a session libvirtd listens on.
@@ -124,6 +128,7 @@ class LabHost:
     def down(self) -> None:
         """End the host and remove its files."""
         self.crash()
+        self._forget_run()
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
@@ -244,13 +249,21 @@ class LabHost:
         sshd.require_alive()
 
     def _make_folders(self) -> None:
-        shutil.rmtree(self.folder / "run", ignore_errors=True)  # as at any boot
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._forget_run()  # as at any boot
+        (self.folder / "run").symlink_to(tempfile.mkdtemp(prefix="vf-", dir=MEMORY))
         for folder in (self.folder, self.data, self.images, *(self.folder / name for name in PRIVATE_FOLDERS)):
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o755)  # whatever the umask: QEMU runs as another user
         (self.folder / "run" / "lock").mkdir()  # /var/lock leads there, and virsh console needs it
         if not self._as_root:
             (self.folder / "run").chmod(0o700)  # XDG Base Directory Specification
+
+    def _forget_run(self) -> None:
+        run = self.folder / "run"
+        if run.is_symlink():
+            shutil.rmtree(run.readlink(), ignore_errors=True)
+            run.unlink()
 
     def _session_environment(self) -> dict[str, str]:
         """Puts libvirt's folders below the host's; XDG_CONFIG_HOME holds sockets, hence its short path."""

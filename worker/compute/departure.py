@@ -78,8 +78,9 @@ def describe(
         guest = host.guest(instance.uuid)
         require_ours(guest)
         power, spec = _require_movable(instance, guest), require_spec(instance)
-        before, base = Sizes.of(spec), disks.root(folder).backing
-        refuse_shrinking(folder, ResizePlan(before=before, after=wanted.after(before), power=power))
+        before, root = Sizes.of(spec), disks.root(folder)
+        base = root.backing
+        refuse_shrinking(ResizePlan(before=before, after=wanted.after(before), power=power), root.virtual_size)
         if files != folder.files():
             raise InvalidState(
                 f"{instance.name} has the files {', '.join(folder.files())}, but the fleet knows of {', '.join(files)}",

@@ -9,11 +9,12 @@ from worker.compute.provision import disk_target, ephemeral_disk, plain_disk
 from worker.context import Context
 from worker.images import qemu_img
 from worker.images.layout import InstanceDir
+from worker.images.qcow2 import read_header
 from worker.models import GIB, Disk, DiskSet, InstanceSpec
 
 
 def present(folder: InstanceDir, spec: InstanceSpec) -> DiskSet:
-    """The disks that are there, with the roles and targets that `spec` gives them. Raises `CommandFailed`."""
+    """The disks that are there, with the roles and targets that `spec` gives them. Raises `InvalidState`."""
     return _with_others(folder, spec, kept(folder, spec))
 
 
@@ -39,7 +40,7 @@ def read(path: Path, role: str = "root", target: str = "vda") -> Disk:
     """A disk from its file. The name tells the format: the guest could have written any header into a raw disk."""
     if path.suffix != ".qcow2":
         return plain_disk(role, target, path, "raw", path.stat().st_size)
-    found = qemu_img.info(path, "qcow2")
+    found = read_header(path)
     backing = Path(found.backing_file) if found.backing_file else None
     return plain_disk(role, target, path, "qcow2", found.virtual_size).model_copy(update={"backing": backing})
 

@@ -15,7 +15,7 @@ import structlog
 from worker.compute import disks
 from worker.compute.local import LocalInstance, require_ours
 from worker.compute.power import OFF
-from worker.compute.provision import METADATA_BYTES, domain_config, spec_of
+from worker.compute.provision import METADATA_BYTES, disk_target, domain_config, spec_of
 from worker.context import Context
 from worker.errors import InvalidSpec, InvalidState
 from worker.images import qemu_img
@@ -72,7 +72,7 @@ def plan(instance: LocalInstance, wanted: NewSizes, ctx: Context) -> Plan:
         found = Plan(before=before, after=wanted.after(before), power=power)
         if found.after.vcpus > before.vcpus:
             host.domain_capabilities(guest.accel()).require_vcpus(found.after.vcpus)
-    refuse_shrinking(instance.folder, found)
+        refuse_shrinking(found, guest.disk_size(disk_target(0)))
     require_space(instance.folder.path, METADATA_BYTES, instance.local.settings.reserve_bytes)
     return found
 
@@ -96,12 +96,11 @@ def _refuse_saved(instance: LocalInstance, power: PowerState) -> None:
         )
 
 
-def refuse_shrinking(folder: InstanceDir, plan: Plan) -> None:
-    """Raise `InvalidSpec` when a disk would lose data."""
+def refuse_shrinking(plan: Plan, root_bytes: int) -> None:
+    """Raise `InvalidSpec` when a disk would lose data; the root disk holds so many bytes now."""
     after = plan.after
-    root = disks.root(folder)
-    if after.disk_gib is not None and after.disk_gib * GIB < root.virtual_size:
-        least = -(-root.virtual_size // GIB)
+    if after.disk_gib is not None and after.disk_gib * GIB < root_bytes:
+        least = -(-root_bytes // GIB)
         raise _refused("disk_gib", after.disk_gib, f"at least {least}: disks never shrink")
     kept = after.ephemeral_gib[: len(plan.before.ephemeral_gib)]
     if len(kept) < len(plan.before.ephemeral_gib) or any(
@@ -141,7 +140,7 @@ def redefine(instance: LocalInstance, plan: Plan, resized: DiskSet, ctx: Context
         spec = plan.after.on(require_spec(instance))
         same_accel = spec.model_copy(update={"accel": guest.accel()})
         config = domain_config(instance, host, same_accel, resized, instance.owner(ctx))
-        host.redefine(guest.xml(inactive=True), config)
+        host.redefine(guest.xml(inactive=True), config, from_here=True)
         replace_json(folder.spec, {"spec": spec.model_dump(mode="json"), "operation": ctx.operation})
 
 

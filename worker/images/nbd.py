@@ -23,7 +23,7 @@ from worker.images.writeback import written_out
 from worker.models import Peer
 
 _AT_ONCE = 16  # reads of a block each under way on a connection
-_UNHASHED = 64  # blocks that may wait for their sums
+_WAITING = 32  # pieces that may wait for the disk
 _SUM = 32  # bytes
 _LOOK_AGAIN = 0.5  # seconds
 HINT = (
@@ -145,27 +145,24 @@ def fetch(
 
 def _copy(connection: Connection, arrived: _Arrived, watch: Watcher, bandwidth: int | None) -> None:
     """Copy what is missing; however it ends, what has arrived by then is noted."""
-    with ThreadPoolExecutor(1) as pool, written_out(arrived.target):
+    with written_out(arrived.target):
         try:
-            _copy_blocks(connection, arrived, pool, watch, bandwidth=bandwidth)
+            _copy_blocks(connection, arrived, watch, bandwidth=bandwidth)
         finally:
             arrived.settle()
 
 
-def _copy_blocks(
-    connection: Connection, arrived: _Arrived, pool: ThreadPoolExecutor, watch: Watcher, *, bandwidth: int | None
-) -> None:
-    """Keep as many reads under way as the link and the server can use, and write what comes, in any order."""
+def _copy_blocks(connection: Connection, arrived: _Arrived, watch: Watcher, *, bandwidth: int | None) -> None:
+    """Keep as many reads under way as the link and the server can use, and take in what comes, in any order."""
     offsets = iter(range(arrived.done, arrived.total, BLOCK))
     began, before = time.monotonic(), arrived.done
     for offset in itertools.islice(offsets, _AT_ONCE):
         connection.ask(offset, arrived.length_at(offset, connection.size))
     while arrived.done < arrived.total:
         piece = connection.answer()
-        arrived.write(piece)
+        arrived.take_in(piece)
         if not piece.done:
             continue
-        arrived.finish(piece.read, pool)
         for offset in itertools.islice(offsets, 1):
             connection.ask(offset, arrived.length_at(offset, connection.size))
         watch.progress(arrived.done, arrived.total, "copying")
@@ -210,13 +207,17 @@ def _find(
 
 
 class _Arrived:
-    """A file on its way: which of its blocks are here, each with its sum in a file beside it."""
+    """A file on its way: which of its blocks are here, each with its sum in a file beside it.
+
+    A thread of its own writes and sums up, while the next block comes over the link.
+    """
 
     def __init__(self, target: Path, total: int) -> None:
         self.total, self.done = total, 0
         self.target, self._sums = target, target.with_name(f"{target.name}.sums")
         self._proven: list[bytes] = []
-        self._hashing: deque[Future[bytes]] = deque()
+        self._writer = ThreadPoolExecutor(1)
+        self._under_way: deque[Future[bytes | None]] = deque()
         self._finished: set[int] = set()
         self._with_data: set[int] = set()
 
@@ -226,6 +227,7 @@ class _Arrived:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._writer.shutdown(cancel_futures=True)
         os.close(self._file)
         os.close(self._note)
 
@@ -250,47 +252,48 @@ class _Arrived:
         """How long the block at `offset` is in a file or export of `size` bytes."""
         return max(0, min(BLOCK, size - offset))
 
-    def write(self, piece: Piece) -> None:
-        """Put data in its place; holes are there already."""
-        if piece.data is None:
-            return
-        self._with_data.add(piece.read)
-        at, data = piece.offset, piece.data[: max(0, self.total - piece.offset)]
-        while data:
-            written = os.pwrite(self._file, data, at)
-            at, data = at + written, data[written:]
+    def take_in(self, piece: Piece) -> None:
+        """Have data written to its place, holes are there already; and blocks that are whole summed up, in turn.
 
-    def finish(self, offset: int, pool: ThreadPoolExecutor) -> None:
-        """A block is here. Its sum is taken in turn, and what was taken is noted."""
-        self._finished.add(offset)
+        Raises what an earlier one met, such as a full disk.
+        """
+        if piece.data is not None:
+            self._with_data.add(piece.read)
+            data = memoryview(piece.data)[: max(0, self.total - piece.offset)]
+            self._under_way.append(self._writer.submit(self._write, piece.offset, data))
+        if piece.done:
+            self._finished.add(piece.read)
         while self.done in self._finished:
             self._finished.remove(self.done)
-            length = self.length_at(self.done, self.total)
-            self._hashing.append(pool.submit(self._sum_at, self.done, length))
-            self.done += length
-        while self._hashing and (self._hashing[0].done() or len(self._hashing) > _UNHASHED):
-            self._take()
+            self._under_way.append(self._writer.submit(self._sum_of, self.done))
+            self.done += self.length_at(self.done, self.total)
+        while self._under_way and (self._under_way[0].done() or len(self._under_way) > _WAITING):
+            self._note_next()
 
     def settle(self) -> None:
-        """Wait for the last sums."""
-        while self._hashing:
-            self._take()
+        """Wait for what is under way."""
+        while self._under_way:
+            self._note_next()
 
     def checksum(self) -> str:
         """The file's, once all of it is here; what was noted is needed no more."""
         self._sums.unlink(missing_ok=True)
         return combined(self._proven)
 
-    def _take(self) -> None:
-        found = self._hashing.popleft().result()
-        self._proven.append(found)
-        os.write(self._note, found)
+    def _note_next(self) -> None:
+        found = self._under_way.popleft().result()
+        if found is not None:
+            self._proven.append(found)
+            os.write(self._note, found)
 
-    def _sum_at(self, offset: int, length: int) -> bytes:
-        if offset not in self._with_data:
-            return sum_of_hole(length)
-        self._with_data.discard(offset)
-        return self._read_back(offset, length)
+    def _write(self, at: int, data: memoryview) -> None:
+        while data:
+            written = os.pwrite(self._file, data, at)
+            at, data = at + written, data[written:]
+
+    def _sum_of(self, offset: int) -> bytes:
+        length = self.length_at(offset, self.total)
+        return self._read_back(offset, length) if offset in self._with_data else sum_of_hole(length)
 
     def _read_back(self, offset: int, length: int) -> bytes:
         return sum_of_block(os.pread(self._file, length, offset))

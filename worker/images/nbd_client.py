@@ -67,13 +67,13 @@ class Busy(NbdError):
 class Piece:
     """Part of the answer to a read: `length` bytes from `offset`, of which `data` holds none where there is a hole.
 
-    `done`: the read is answered. The data is valid until the next piece is asked for.
+    `done`: the read is answered.
     """
 
     read: int
     offset: int
     length: int
-    data: memoryview | None
+    data: bytes | None
     done: bool
 
 
@@ -137,7 +137,7 @@ class Connection:
         done = bool(flags & _DONE)
         if kind == _DATA:
             (offset,) = self._unpack(_OFFSET)
-            data = self._read(length - _OFFSET.size)
+            data = bytes(self._read(length - _OFFSET.size))
             return Piece(read, offset, len(data), data, done)
         if kind == _HOLES:
             offset, hole = self._unpack(_HOLE)
