@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ import pytest
 from tests.lab import LabHost, wait_until
 from tests.lab.pki import Authority
 from worker.context import Alone
-from worker.errors import Cancelled, ConnectionMisconfigured, TransferInterrupted
+from worker.errors import Cancelled, ConnectionMisconfigured, NoSpace, TransferInterrupted
 from worker.images import nbd
 from worker.images.checksum import checksum_of
 from worker.images.nbd import Nbd
@@ -106,6 +107,31 @@ def test_what_has_arrived_is_not_sent_again(host: LabHost, peer: Peer, how: Nbd,
     assert target.read_bytes() == source.read_bytes()
     rest = sum(max(0, (start + 4) * MIB + 4096 - max(verified * MIB, start * MIB + 4096)) for start in (0, 5, 20, 50))
     assert host.cable.received() - before < rest * 1.05 + MIB // 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts a small file system")
+def test_what_found_no_room_is_not_taken_for_arrived(
+    host: LabHost, peer: Peer, how: Nbd, source: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    target, sums = folder / "target", folder / "target.sums"
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=True)
+    try:
+        with lent(host, how, source):
+            for room in range(3, 11):  # what the writer had begun by then is a matter of luck
+                target.unlink(missing_ok=True)
+                sums.unlink(missing_ok=True)
+                subprocess.run(["mount", "-o", f"remount,size={room}m", str(folder)], check=True)
+                with pytest.raises(NoSpace):
+                    fetch(peer, source, target, how)
+                arrived = sums.stat().st_size // 32 * MIB
+                assert target.read_bytes()[:arrived] == source.read_bytes()[:arrived]
+            subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+            assert fetch(peer, source, target, how) == checksum_of(source, Alone())
+        assert target.read_bytes() == source.read_bytes()
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_what_is_not_as_it_arrived_is_sent_again(

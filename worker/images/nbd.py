@@ -281,10 +281,20 @@ class _Arrived:
         return combined(self._proven)
 
     def _note_next(self) -> None:
-        found = self._under_way.popleft().result()
+        try:
+            found = self._under_way.popleft().result()
+        except BaseException:
+            self._forget_what_follows()
+            raise
         if found is not None:
             self._proven.append(found)
             os.write(self._note, found)
+
+    def _forget_what_follows(self) -> None:
+        """Note no sum of a block that could not be written: it would pass for one that has arrived."""
+        for later in self._under_way:
+            later.cancel()
+        self._under_way.clear()
 
     def _write(self, at: int, data: memoryview) -> None:
         while data:
