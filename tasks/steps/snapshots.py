@@ -84,7 +84,8 @@ def undo_snapshot(ctx: StepContext, name: str, uuid: str) -> None:
 @undoes("thaw_guest")
 def undo_freeze(ctx: StepContext, name: str, uuid: str) -> None:
     """Thaw the guest's file systems."""
-    holding.thaw(LocalInstance(local_host(ctx), name, uuid))
+    instance = LocalInstance(local_host(ctx), name, uuid)
+    holding.thaw(instance, instance.local.data.unfinished_snapshot(ctx.operation))
 
 
 @undoes("resume_guest")

@@ -47,6 +47,7 @@ TABLE = [
     (libvirt.VIR_ERR_DOM_EXIST, QEMU, 0, "this domain exists already", errors.InstanceExists),
     (OPERATION_FAILED, QEMU, 0, "domain 'a' already exists with uuid x", errors.InstanceExists),
     (OPERATION_FAILED, QEMU, 0, "domain backup job failed", errors.HypervisorError),
+    (OPERATION_FAILED, QEMU, 0, "operation failed: job 'domain save' unexpectedly failed", errors.JobLost),
     (libvirt.VIR_ERR_OPERATION_INVALID, QEMU, 0, "domain is already running", errors.InvalidState),
     (libvirt.VIR_ERR_OPERATION_INVALID, QEMU, 0, "domain is not running", errors.InvalidState),
     (libvirt.VIR_ERR_BLOCK_COPY_ACTIVE, QEMU, 0, "disk already in active block job", errors.InvalidState),

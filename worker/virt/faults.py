@@ -25,6 +25,7 @@ from worker.errors import (
     InstanceLocked,
     InstanceNotFound,
     InvalidState,
+    JobLost,
     NetworkNotFound,
     NoSpace,
     OutOfMemory,
@@ -99,6 +100,8 @@ RULES: tuple[Rule, ...] = (
         message=r'Failed to get .*"\w+" lock',
         hint="Another QEMU process has a disk of this guest open; it is tried again by itself.",
     ),
+    # What libvirt says of a save whose end QEMU does not explain; the guest runs on.
+    Rule(JobLost, _of(libvirt.VIR_ERR_OPERATION_FAILED), message=r"job '.*' unexpectedly failed"),
     # A block job that is done, or about to be.
     Rule(InvalidState, _INTERNAL, _QEMU, message=r"cannot accept command verb"),
     Rule(DomainRejected, _INTERNAL, _QEMU, message=r"process exited|unexpectedly closed the monitor"),

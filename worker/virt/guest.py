@@ -132,6 +132,18 @@ class Guest:
             return PowerState.CRASHED
         return _POWER[state]
 
+    def is_stopped_by_io_error(self) -> bool:
+        """Whether QEMU keeps it from running since a write to a disk failed; on a full one, as a rule.
+
+        Resumed, it tries the write again (QEMU, -drive werror=enospc, and libvirt's default for it).
+        """
+        try:
+            with self._trying_to("read the state of"):
+                state, reason = self._domain.state()
+        except InstanceNotFound:
+            return False
+        return (state, reason) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR)
+
     def is_active(self) -> bool:
         """Whether there is a QEMU process: running, paused or crashed. False when the domain is gone."""
         try:

@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from worker.compute.local import LocalHost, LocalInstance
 from worker.compute.snapshots import chain, holding
+from worker.compute.snapshots.jobs import end_jobs, give_way
 from worker.compute.snapshots.taking import intent_of
 from worker.context import Context
-from worker.errors import InvalidState
 from worker.images import snapshots
 from worker.images.files import remove_tree
 from worker.images.layout import SnapshotDir
 from worker.images.reserve import Ledger
 from worker.virt import checkpoints
 from worker.virt.guest import Guest
-from worker.virt.jobs import BackupJob, MirrorJob
 
 
 def abandon(guest: Guest, folder: SnapshotDir, ctx: Context) -> None:
     """End the jobs that write into the folder, and remove what they wrote and the checkpoint. The guest runs on."""
     if guest.is_active():
-        _end_jobs(guest, folder, ctx)
+        end_jobs(guest, folder, ctx)
         checkpoints.delete(guest, chain.checkpoint_of(ctx.operation))
     if folder.path.exists():
         for path in folder.path.iterdir():
             path.unlink()
-
-
-def _end_jobs(guest: Guest, folder: SnapshotDir, ctx: Context) -> None:
-    job = BackupJob(guest)
-    if _any_below(folder, job.targets().values()):
-        job.end(ctx)
-    for disk in guest.disks():
-        mirror = MirrorJob(guest, disk.target)
-        target = mirror.target()
-        if target is not None and _any_below(folder, [target]):
-            _end_mirror(mirror)
-
-
-def _end_mirror(mirror: MirrorJob) -> None:
-    try:
-        mirror.end()
-    except InvalidState:
-        if mirror.target() is not None:
-            raise
-
-
-def _any_below(folder: SnapshotDir, paths: Iterable[Path]) -> bool:
-    return any(path.parent == folder.path for path in paths)
 
 
 def discard(instance: LocalInstance, ctx: Context) -> None:
@@ -61,6 +37,7 @@ def discard(instance: LocalInstance, ctx: Context) -> None:
         if guest is not None:
             holding.let_go(instance, folder)
             abandon(guest, folder, ctx)
+            give_way(guest, folder)
         snapshots.remove(data, ctx.operation)
     Ledger(data.root).release(ctx.operation)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from worker.compute.local import LocalInstance
+from worker.compute.snapshots.jobs import give_way
 from worker.compute.snapshots.taking import Intent, Taking, intent_of, note_intent
 from worker.errors import AgentUnresponsive, FleetError, InvalidState, QuiesceFailed
 from worker.images.layout import SnapshotDir
@@ -99,7 +100,7 @@ def _freeze(taking: Taking, hold: Hold) -> None:
     try:
         hold.frozen = agent.freeze(taking.guest)
     except (AgentUnresponsive, InvalidState) as error:
-        thaw(taking.instance)  # it may have frozen some, or may do so yet
+        thaw(taking.instance, taking.folder)  # it may have frozen some, or may do so yet
         _accept(taking, hold, error.message)
     if taking.spec.quiesce == "require" and not hold.frozen:
         raise QuiesceFailed(f"the agent of {taking.guest.name} froze no file system: none is mounted from a disk")
@@ -128,34 +129,36 @@ def _release_at_once(taking: Taking, intent: Intent) -> None:
         if intent.frozen:
             agent.thaw(taking.guest)
     except FleetError:
-        release(taking.instance, intent)
+        release(taking.instance, taking.folder, intent)
 
 
 def let_go(instance: LocalInstance, folder: SnapshotDir) -> None:
     """Thaw and resume a guest that a dead attempt may have left held."""
     intent = intent_of(folder)
     if intent is not None:
-        release(instance, intent)
+        release(instance, folder, intent)
         folder.intent.unlink(missing_ok=True)
 
 
-def release(instance: LocalInstance, intent: Intent) -> None:
+def release(instance: LocalInstance, folder: SnapshotDir, intent: Intent) -> None:
     """Take back what was done to the guest."""
     if intent.paused:
         resume(instance)  # first: a paused guest's agent cannot thaw
     if intent.frozen:
-        thaw(instance)
+        thaw(instance, folder)
 
 
-def thaw(instance: LocalInstance) -> None:
+def thaw(instance: LocalInstance, folder: SnapshotDir) -> None:
     """Thaw the guest's file systems, each attempt on a fresh connection. Off, gone and thawed already are success.
 
+    Where the guest stands still because its disk is full, what is copied into the folder is given up.
     Raises what the last attempt met, after a minute of attempts.
     """
     for attempt in _patiently():
         with attempt, instance.local.libvirt() as host:
             guest = host.find_uuid(instance.uuid)
             if guest is not None:
+                give_way(guest, folder)
                 agent.thaw(guest)
                 agent.relax(guest)
 

@@ -48,6 +48,6 @@ class HoldWatch(HostWatch):
 def _let_go(host: LocalHost, folder: SnapshotDir, intent: Intent) -> None:
     log.warning("a guest is held too long: letting go of it", instance=intent.name, snapshot=str(folder.path))
     instance = LocalInstance(host, intent.name, intent.uuid)
-    holding.release(instance, intent)
+    holding.release(instance, folder, intent)
     # Afterwards: should this fail, it is tried again. The holder learns from it that it does not hold any more.
     note_intent(folder, intent.model_copy(update={"released": True}))
