@@ -28,6 +28,7 @@ TABLE = [
     (INTERNAL, RPC, 0, "internal error: client socket is closed", errors.HostUnreachable),
     (INTERNAL, RPC, 0, "internal error: received hangup event on socket", errors.HostUnreachable),
     (INTERNAL, RPC, 0, "connection closed due to keepalive timeout", errors.HostUnreachable),
+    (INTERNAL, REMOTE, 0, "the caller doesn't support keepalive protocol", errors.HostUnreachable),
     (libvirt.VIR_ERR_RPC, RPC, 0, "no call waiting for reply with prog 5", errors.HostUnreachable),
     (SYSTEM, RPC, errno.ENOENT, "Failed to connect socket to '/run/libvirt-sock'", errors.HostUnreachable),
     (SYSTEM, RPC, errno.ECONNREFUSED, "unable to connect to server: refused", errors.HostUnreachable),

@@ -76,6 +76,8 @@ RULES: tuple[Rule, ...] = (
         message=r"certificate|Permission denied|Host key verification",
     ),
     Rule(HostUnreachable, _TRANSPORT, _RPC),
+    # What libvirt also says of a connection that was closed before it was asked to keep it alive.
+    Rule(HostUnreachable, _INTERNAL, _of(libvirt.VIR_FROM_REMOTE), message=r"keepalive protocol"),
     Rule(
         ConnectionMisconfigured,
         _of(
