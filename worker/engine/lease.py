@@ -133,8 +133,9 @@ class LeaseKeeper:
                 log.exception("renewing the lease failed", step=self.lease.step, ttl=get_settings().lease_ttl)
 
     def _renew(self) -> None:
+        asked_at = time.monotonic()
         kept, cancel = self.journal.renew(self.lease)
-        self._heard_at = time.monotonic()
+        self._heard_at = asked_at
         if kept == "gone":
             self.restore()
         elif kept == "lost":

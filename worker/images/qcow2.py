@@ -26,8 +26,12 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of the file. Raises InvalidState when that is none, and OSError."""
-    with path.open("rb") as file:
+    """The header of the file. Raises InvalidState when that is none, or not there."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError as error:
+        raise InvalidState(f"{path} is not there", hint="Put it back from a backup.") from error
+    with file:
         start = file.read(_HEADER.size)
         if len(start) < _HEADER.size or not start.startswith(_MAGIC):
             raise InvalidState(f"{path} is no qcow2 file", path=str(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 from worker.context import Watcher
 from worker.errors import ChecksumMismatch, FencedOff, FleetError, ImageNotFound, InstanceLocked, Stalled
 from worker.images import transfer
+from worker.images.checksum import sha256_of
 from worker.images.files import allocated_size, locked, publish, size_of, write_text_durably
 from worker.images.inspect import inspect
 from worker.images.layout import DataDir
@@ -80,8 +80,7 @@ class ImageCache:
     def adopt(self, temporary: Path, sha256: str, watch: Watcher) -> BaseImage:
         """Take in a file that another host's cache had as `sha256`. Raises ChecksumMismatch, ImageRejected, NoSpace."""
         source = LocalFile(str(temporary), [temporary.parent])
-        with temporary.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(temporary, watch)
         if found != sha256:
             temporary.unlink()
         _require_digest(source, sha256, found)
