@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worker.context import Watcher
-from worker.errors import CommandFailed, ConnectionMisconfigured, TransferInterrupted
+from worker.errors import CommandFailed, ConnectionMisconfigured, FleetError, TransferInterrupted
 from worker.images.checksum import BLOCK, combined, sum_of_block, sum_of_hole
 from worker.images.command import Command, run
 from worker.images.files import human_size, locked, out_of_space_is_an_error
@@ -23,7 +23,7 @@ from worker.images.writeback import written_out
 from worker.models import Peer
 
 _AT_ONCE = 16  # reads of a block each under way on a connection
-_WAITING = 32  # pieces that may wait for the disk
+_WAITING = 8  # pieces that may wait for the disk
 _SUM = 32  # bytes
 _LOOK_AGAIN = 0.5  # seconds
 HINT = (
@@ -148,6 +148,9 @@ def _copy(connection: Connection, arrived: _Arrived, watch: Watcher, bandwidth: 
     with written_out(arrived.target):
         try:
             _copy_blocks(connection, arrived, watch, bandwidth=bandwidth)
+        except FleetError:  # told to stop: what a slow disk has not taken by now is not waited for
+            arrived.forget_the_rest()
+            raise
         finally:
             arrived.settle()
 
@@ -167,7 +170,13 @@ def _copy_blocks(connection: Connection, arrived: _Arrived, watch: Watcher, *, b
             connection.ask(offset, arrived.length_at(offset, connection.size))
         watch.progress(arrived.done, arrived.total, "copying")
         if bandwidth:
-            time.sleep(max(0.0, (arrived.done - before) / bandwidth - (time.monotonic() - began)))
+            _wait_until(began + (arrived.done - before) / bandwidth, watch)
+
+
+def _wait_until(moment: float, watch: Watcher) -> None:
+    while (left := moment - time.monotonic()) > 0:
+        watch.check()
+        time.sleep(min(left, _LOOK_AGAIN))
 
 
 @contextmanager
@@ -284,14 +293,14 @@ class _Arrived:
         try:
             found = self._under_way.popleft().result()
         except BaseException:
-            self._forget_what_follows()
+            self.forget_the_rest()  # of a block that could not be written no sum may be noted
             raise
         if found is not None:
             self._proven.append(found)
             os.write(self._note, found)
 
-    def _forget_what_follows(self) -> None:
-        """Note no sum of a block that could not be written: it would pass for one that has arrived."""
+    def forget_the_rest(self) -> None:
+        """Neither write nor note what still waits for the disk."""
         for later in self._under_way:
             later.cancel()
         self._under_way.clear()

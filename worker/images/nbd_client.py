@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
 
 _GREETING = struct.Struct(">8s8sH")
 _OPTION = struct.Struct(">8sLL")
@@ -36,6 +38,7 @@ _DONE, _DATA, _HOLES, _IS_ERROR = 1, 1, 2, 2**15
 _LONGEST_REPLY = 64 * 1024
 _LOOK_EVERY = 0.5  # seconds
 _GREETED_WITHIN = 2.0  # seconds
+_CONNECT = 5.0  # seconds
 _HANDSHAKE = 10.0  # seconds
 _SILENCE = {  # a peer that is cut off is noticed after 15 s, as over ssh
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
@@ -100,7 +103,7 @@ class Connection:
 
         Raises OSError too: when nobody listens (ConnectionRefusedError), or TLS is refused (ssl.SSLError).
         """
-        connected = socket.create_connection(address, timeout=5.0)
+        connected = _connected(address, watch)
         try:
             for (level, option), value in _SILENCE.items():
                 connected.setsockopt(level, option, value)
@@ -163,9 +166,9 @@ class Connection:
         self._socket.sendall((_FIXED_NEWSTYLE | flags & _NO_ZEROES).to_bytes(4))
         if tls:
             self._require(_STARTTLS, b"", "has no TLS, and plain connections are not allowed")
-            self._socket.settimeout(_HANDSHAKE)
-            self._socket = tls.wrap_socket(self._socket, server_hostname=host)
-            self._socket.settimeout(_LOOK_EVERY)
+            secured = tls.wrap_socket(self._socket, server_hostname=host, do_handshake_on_connect=False)
+            self._socket = secured
+            _patiently(secured.do_handshake, _HANDSHAKE, self._watch)
         self._require(_STRUCTURED_REPLY, b"", "cannot tell holes from data")
         name = export.encode()
         self._require(_GO, len(name).to_bytes(4) + name + bytes(2), f"does not give {export}")
@@ -208,6 +211,22 @@ class Connection:
                 raise ConnectionResetError("the server has closed the connection")
             got, heard = got + more, time.monotonic()
         return wanted
+
+
+def _connected(address: tuple[str, int], watch: Callable[[], None]) -> socket.socket:
+    return _patiently(lambda: socket.create_connection(address, timeout=_LOOK_EVERY * 2), _CONNECT, watch)
+
+
+def _patiently(attempt: Callable[[], T], seconds: float, watch: Callable[[], None]) -> T:
+    """Try until it does not time out, and look meanwhile whether to go on. Raises TimeoutError in the end."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return attempt()
+        except TimeoutError:
+            watch()
+            if time.monotonic() > deadline:
+                raise
 
 
 @contextmanager
