@@ -6,7 +6,8 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,9 +15,9 @@ import pytest
 
 from tests.lab import LabHost, lab_folder, wait_until
 from worker.context import Alone
-from worker.errors import CheckpointMissing, HypervisorError, InvalidState, JobLost
+from worker.errors import CheckpointMissing, FleetError, HypervisorError, InvalidState, JobLost
 from worker.models import MIB, Disk, DomainConfig, Owner, PowerState
-from worker.virt import checkpoints
+from worker.virt import checkpoints, strays
 from worker.virt.guest import Guest
 from worker.virt.host import Host
 from worker.virt.jobs import BackupJob, BlockTarget, MirrorJob
@@ -169,6 +170,65 @@ def test_a_backup_that_libvirt_has_lost_sight_of_is_told_and_can_be_ended(lab: L
         job.require_success()
         assert_same(freed, chosen)
     assert lab.qemu_pid(guest.name) == pid
+
+
+def _opens(pid: int, folder: Path) -> bool:
+    """Whether a process has a file of that folder open."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed just now
+            if link.readlink().parent == folder:
+                return True
+    return False
+
+
+def _killed_as_a_backup_begins(lab: LabHost, guest: Guest, number: int) -> Path:
+    """Kill libvirtd, later with each number, from when QEMU has opened the files; their folder."""
+    folder = lab.data / f".{guest.name}-{number}"
+    folder.mkdir()
+    chosen = [BlockTarget(disk, empty(lab, f"{folder.name}/{disk}"), "qcow2") for disk in ("vda", "vdb")]
+    pid = lab.qemu_pid(guest.name)
+
+    def begin() -> None:
+        with suppress(FleetError), connected(lab) as host:
+            BackupJob(host.guest(guest.uuid)).begin(chosen, checkpoint=f"virtfleet.{number}")
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(begin)
+        wait_until(lambda: _opens(pid, folder), 10, "QEMU has opened the files")
+        time.sleep(0.004 * number)
+        lab.libvirtd_kill9()
+    lab.libvirtd_start()
+    return folder
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: libvirt's status files are elsewhere for others")
+def test_what_a_killed_libvirtd_leaves_of_a_backup_in_qemu_is_in_nobodys_way(lab: LabHost, guest: Guest) -> None:
+    losses = 0
+    for number in range(6):
+        folder = _killed_as_a_backup_begins(lab, guest, number)
+        with connected(lab) as host:
+            left = host.guest(guest.uuid)
+            lost = left.has_lost_job()
+            if not lost:
+                BackupJob(left).end(Alone())
+            strays.end(left, lab.data, "virtfleet.", Alone())
+            assert not _opens(lab.qemu_pid(guest.name), folder)
+        if lost:
+            losses += 1
+            lab.follow(left.lost_job_remedy())
+        with connected(lab) as host:
+            freed = host.guest(guest.uuid)
+            nodes = freed.ask_qemu("query-named-block-nodes")
+            bitmaps = {one["name"] for node in nodes for one in node.get("dirty-bitmaps", [])}
+            assert bitmaps <= set(checkpoints.names(freed))
+            job, again = BackupJob(freed), targets(lab, f"again-{number}")
+            job.begin(again)
+            ended(job)
+            job.require_success()
+            assert_same(freed, again)
+            freed.save_memory(Watching())
+            freed.start()
+    assert losses, "libvirtd was killed too late each time: this has shown nothing"
 
 
 def test_a_guest_that_is_powered_off_takes_its_backup_with_it(lab: LabHost, guest: Guest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -26,7 +27,7 @@ from worker.errors import (
     UnsupportedByHost,
 )
 from worker.models import GuestDisk, Owner, PowerState
-from worker.virt.bounded import bounded
+from worker.virt.bounded import asked, bounded
 from worker.virt.domain_xml import (
     NAMESPACE,
     PREFIX,
@@ -131,6 +132,15 @@ class Guest:
         if (state, reason) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_CRASHED):
             return PowerState.CRASHED
         return _POWER[state]
+
+    def ask_qemu(self, command: str, **arguments: object) -> Any:
+        """Ask QEMU's monitor (QMP) what libvirt does not tell. Raises HypervisorError where it refuses."""
+        request = json.dumps({"execute": command, "arguments": arguments})
+        with self._trying_to(f"{command} in the QEMU of"):
+            answer = json.loads(asked(self._domain, libvirt_qemu.qemuMonitorCommand, request, 0))
+        if "error" in answer:
+            raise HypervisorError(f"QEMU of {self.name} refuses {command}: {answer['error']['desc']}")
+        return answer["return"]
 
     def is_stopped_by_io_error(self) -> bool:
         """Whether QEMU keeps it from running since a write to a disk failed; on a full one, as a rule.

@@ -6,7 +6,7 @@ it ended, so success is only what libvirt's statistics of the last job call so.
 
 from __future__ import annotations
 
-import json
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import libvirt
-import libvirt_qemu
 from lxml import etree
 from lxml.builder import ElementMaker  # type: ignore[import-not-found]  # lxml-stubs lacks it
 from tenacity import Retrying, retry_if_exception, stop_after_attempt
@@ -23,7 +22,6 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt
 from worker.context import Watcher
 from worker.errors import HypervisorError, InvalidState, JobLost, NoSpace, Stalled, UnsupportedByHost
 from worker.models import DiskFormat
-from worker.virt.bounded import asked
 from worker.virt.domain_xml import parse
 from worker.virt.faults import translated
 from worker.virt.guest import Guest
@@ -47,6 +45,8 @@ _POLL = 0.1  # seconds
 
 _LEFTOVERS = 20
 """Nodes that a libvirtd which was killed as it began a job may have left in QEMU; it counts on past one each time."""
+
+_TAKEN = re.compile(r"Duplicate nodes with node-name|Job ID '.*' already in use")
 
 _BACKUP = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
 # Files that libvirt makes itself are made one after the other while a frozen guest waits (two disks: 0.7 s, not 0.3 s).
@@ -154,7 +154,7 @@ class BackupJob:
         Raises Stalled, and what `watch` raises.
         """
         disks = self.targets()
-        if self._survives_abort(disks):
+        if self.survives_abort(disks):
             self._guest.abort_job()
         else:
             self.limit(dict.fromkeys(disks, UNLIMITED))
@@ -167,7 +167,7 @@ class BackupJob:
                 raise Stalled(f"the backup of {self._guest.name} does not end", seconds=MAY_REST)
             time.sleep(_POLL)
 
-    def _survives_abort(self, disks: Iterable[str]) -> bool:
+    def survives_abort(self, disks: Iterable[str]) -> bool:
         """Whether QEMU is known to come through it.
 
         QEMU 7.2 has died of it (`qemu_mutex_unlock_impl: Operation not permitted`), twice in some hundred aborts, with
@@ -178,9 +178,7 @@ class BackupJob:
 
     def _qemu_version(self) -> tuple[int, int]:
         """Of the QEMU that runs the guest: the host's may have been renewed since."""
-        with self._trying_to("ask for the version of the QEMU that runs"):
-            answer = asked(self._guest.domain, libvirt_qemu.qemuMonitorCommand, '{"execute": "query-version"}', 0)
-        version = json.loads(answer)["return"]["qemu"]
+        version = self._guest.ask_qemu("query-version")["qemu"]
         return version["major"], version["minor"]
 
     def limit(self, bytes_per_second: Mapping[str, int]) -> None:
@@ -190,9 +188,9 @@ class BackupJob:
 
 
 def _past_leftovers(call: Callable[..., Any], *arguments: Any) -> None:
-    """Make a call again while its new nodes' names are taken in QEMU: libvirt gives others the next time."""
+    """Make a call again while its new nodes' or jobs' names are taken in QEMU: libvirt gives others the next time."""
     attempts = Retrying(
-        retry=retry_if_exception(lambda error: "Duplicate nodes with node-name" in str(error)),
+        retry=retry_if_exception(lambda error: bool(_TAKEN.search(str(error)))),
         stop=stop_after_attempt(_LEFTOVERS),
         reraise=True,
     )

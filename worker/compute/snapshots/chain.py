@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from worker.compute.snapshots.jobs import PREFIX
 from worker.compute.snapshots.taking import Taking
 from worker.errors import UnsupportedByHost
 from worker.images import snapshots
@@ -14,8 +15,6 @@ from worker.images.layout import DataDir
 from worker.models import Snapshot
 from worker.virt import checkpoints
 from worker.virt.guest import Guest
-
-PREFIX = "virtfleet."
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from worker.compute.local import LocalInstance, require_ours
+from worker.compute.snapshots.jobs import end_jobs
 from worker.compute.snapshots.taking import Taking, format_of, now, taking
 from worker.context import Context
 from worker.errors import InvalidState
@@ -39,6 +40,8 @@ def save(instance: LocalInstance, spec: SnapshotSpec, power: PowerState, ctx: Co
         began = time.monotonic()
         if power in ON:
             this.guest.require_sight_of_job()
+            if this.guest.is_active():
+                end_jobs(this.guest, this.folder, ctx)
             ctx.undo("restore_power", name=instance.name, uuid=instance.uuid, power=power.value)
             this.guest.save_memory(ctx)
         return take_off(this, power, time.monotonic() - began if power in ON else 0.0)

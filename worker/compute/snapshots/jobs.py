@@ -10,8 +10,12 @@ import structlog
 from worker.context import Alone, Watcher
 from worker.errors import InvalidState
 from worker.images.layout import SnapshotDir
+from worker.virt import strays
 from worker.virt.guest import Guest
 from worker.virt.jobs import BackupJob, MirrorJob
+
+PREFIX = "virtfleet."
+"""What the names of the fleet's checkpoints begin with."""
 
 log = structlog.get_logger(__name__)
 
@@ -26,6 +30,7 @@ def end_jobs(guest: Guest, folder: SnapshotDir, watch: Watcher) -> None:
         target = mirror.target()
         if target is not None and _any_below(folder, [target]):
             _end_mirror(mirror)
+    strays.end(guest, folder.path.parent, PREFIX, watch)
 
 
 def give_way(guest: Guest, folder: SnapshotDir) -> None:
