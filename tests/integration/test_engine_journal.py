@@ -347,6 +347,14 @@ def test_a_retry_waits_for_its_time(journal: Journal) -> None:
     assert take(journal, by="second").attempt == 2
 
 
+def test_a_cancel_does_not_wait_for_a_retry(journal: Journal) -> None:
+    admit(journal, "op")
+    lease = take(journal)
+    journal.cancel("op")
+    assert journal.commit(lease, "retry", look_in=300, error={"code": "host_unreachable"}) == "ok"
+    assert (attention(journal) or 0) <= 0
+
+
 def test_a_failure_turns_the_operation_back_in_the_same_instant(journal: Journal) -> None:
     admit(journal, "op", stages=GROUP)
     left, right = take(journal, "left"), take(journal, "right")
