@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -242,6 +242,7 @@ SCENARIOS = (
     _snapshot("by mirror", *LIVE, method="mirror", compress="zstd", limit_mib=50),
     _snapshot("incremental", *LIVE, incremental=True),
     _snapshot("cold", *COLD, method="cold"),
+    replace(_snapshot("of one that is off", *LIVE), before=OFF, after=OFF, undone=frozenset({OFF})),
     Scenario(
         name="snapshot delete",
         task="virtfleet.snapshot_delete",

@@ -54,9 +54,11 @@ def take(instance: LocalInstance, spec: SnapshotSpec, ctx: Context) -> Taken:
         this.folder.create()
         let_go(instance, this.folder)
         known = this.recall()
-        if known is None and not this.guest.is_active():
+        if known is not None:  # whatever has become of the guest since
+            return _by_backup(this, known) if known.method == "backup" else known
+        if not this.guest.is_active():
             return cold.take_off(this)
-        return _by_mirror(this) if method(this) == "mirror" else _by_backup(this, known)
+        return _by_mirror(this) if method(this) == "mirror" else _by_backup(this)
 
 
 def method(this: Taking) -> str:
@@ -76,7 +78,7 @@ def method(this: Taking) -> str:
 # --- backup -----------------------------------------------------------------------------------------------------------
 
 
-def _by_backup(this: Taking, taken: Taken | None) -> Taken:
+def _by_backup(this: Taking, taken: Taken | None = None) -> Taken:
     job = BackupJob(this.guest)
     if taken is None:
         abandon(this.guest, this.folder, this.ctx)
@@ -147,9 +149,6 @@ def _achieved(hold: Hold, *notes: str) -> dict[str, object]:
 
 
 def _by_mirror(this: Taking) -> Taken:
-    taken = this.recall()
-    if taken:
-        return taken
     jobs = [MirrorJob(this.guest, disk) for disk in this.targets]
     files = [this.folder.taken(disk) for disk in this.targets]
     if [job.target() for job in jobs] != files:
