@@ -15,7 +15,7 @@ import structlog
 from worker.compute import disks
 from worker.compute.local import LocalInstance, require_ours
 from worker.compute.power import OFF
-from worker.compute.provision import METADATA_BYTES, disk_target, domain_config, spec_of
+from worker.compute.provision import METADATA_BYTES, domain_config, spec_of
 from worker.context import Context
 from worker.errors import InvalidSpec, InvalidState
 from worker.images import qemu_img
@@ -72,7 +72,7 @@ def plan(instance: LocalInstance, wanted: NewSizes, ctx: Context) -> Plan:
         found = Plan(before=before, after=wanted.after(before), power=power)
         if found.after.vcpus > before.vcpus:
             host.domain_capabilities(guest.accel()).require_vcpus(found.after.vcpus)
-        refuse_shrinking(found, guest.disk_size(disk_target(0)))
+    refuse_shrinking(found, disks.root(instance.folder).virtual_size)
     require_space(instance.folder.path, METADATA_BYTES, instance.local.settings.reserve_bytes)
     return found
 

@@ -28,7 +28,7 @@ Answer = tuple[Any, Exception | None]
 ANSWERED_BY_QEMU = frozenset(
     {
         *("shutdownFlags", "reboot", "reset", "suspend", "resume", "pMWakeup"),
-        *("blockInfo", "blockJobInfo", "blockJobAbort", "blockCopy"),
+        *("blockJobInfo", "blockJobAbort", "blockCopy"),
         *("backupBegin", "jobStats", "abortJob"),
     }
 )

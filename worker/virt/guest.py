@@ -204,11 +204,6 @@ class Guest:
             if target is not None and source is not None
         }
 
-    def disk_size(self, target: str) -> int:
-        """Bytes that the guest sees of a disk (virDomainGetBlockInfo)."""
-        with self._trying_to(f"look at {target} of"):
-            return int(self._domain.blockInfo(target)[0])
-
     def files(self) -> set[Path]:
         """Every file that its disks use, with their backing files and mirrors, now or when it starts next."""
         trees = [parse(self.xml()), parse(self.xml(inactive=True))]
