@@ -23,8 +23,8 @@ CLUSTERS = 64
 
 # At 0x7c00: `again: mov si, packet; mov ah, 43h; mov dl, 80h; int 13h; add word [packet+8], 128; dec word [left];
 # jnz again; hlt: hlt; jmp hlt`: writes a sector to each cluster through the BIOS. The packet lies at 0x7c40.
-WRITING_MBR = bytes.fromhex("be407c b80043 b280 cd13 8106487c8000 ff0e507c 75ea f4 ebfd".replace(" ", ""))
-PACKET = bytes.fromhex("1000 0100 007c 0000".replace(" ", "")) + (128).to_bytes(8, "little")
+WRITING_MBR = bytes.fromhex("be407c b80043 b280 cd13 8106487c8000 ff0e507c 75ea f4 ebfd")
+PACKET = bytes.fromhex("1000 0100 007c 0000") + (128).to_bytes(8, "little")
 BOOT = (WRITING_MBR.ljust(0x40, b"\0") + PACKET + CLUSTERS.to_bytes(2, "little")).ljust(510, b"\0") + b"\x55\xaa"
 
 

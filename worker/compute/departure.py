@@ -271,7 +271,9 @@ def prove_aside(instance: LocalInstance, migration: str, ctx: Context) -> Handov
     for name in handover.departure.files:
         found = checksum_of(folder.path / name, ctx)
         wanted = handover.digests.get(name, found)
-        if found != wanted and is_current(wanted):
+        if not is_current(wanted):
+            log.warning("not compared: its checksum is of a kind of before", path=str(folder.path / name))
+        elif found != wanted:
             raise ChecksumMismatch(f"{folder.path / name} is not what it was when the instance left: it has changed")
     return handover
 

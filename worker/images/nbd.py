@@ -312,7 +312,10 @@ class _Arrived:
 
     def _sum_of(self, offset: int) -> bytes:
         length = self.length_at(offset, self.total)
-        return self._read_back(offset, length) if offset in self._with_data else sum_of_hole(length)
+        if offset not in self._with_data:
+            return sum_of_hole(length)
+        self._with_data.discard(offset)
+        return self._read_back(offset, length)
 
     def _read_back(self, offset: int, length: int) -> bytes:
         return sum_of_block(os.pread(self._file, length, offset))

@@ -168,7 +168,11 @@ class Connection:
             self._require(_STARTTLS, b"", "has no TLS, and plain connections are not allowed")
             secured = tls.wrap_socket(self._socket, server_hostname=host, do_handshake_on_connect=False)
             self._socket = secured
-            _patiently(secured.do_handshake, _HANDSHAKE, self._watch)
+            try:
+                _patiently(secured.do_handshake, _HANDSHAKE, self._watch)
+            except BaseException:
+                secured.close()  # who opened the connection holds the plain socket, which is an empty shell by now
+                raise
         self._require(_STRUCTURED_REPLY, b"", "cannot tell holes from data")
         name = export.encode()
         self._require(_GO, len(name).to_bytes(4) + name + bytes(2), f"does not give {export}")

@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from worker.context import Watcher
-from worker.errors import HypervisorError, Stalled
+from worker.errors import HypervisorError, InvalidState, Stalled
 from worker.virt import checkpoints
 from worker.virt.guest import Guest
 from worker.virt.jobs import MAY_REST, BackupJob
@@ -27,8 +27,17 @@ _POLL = 0.05  # seconds
 def end(guest: Guest, folder: Path, prefix: str, watch: Watcher) -> None:
     """End them: backups' jobs, nodes on files in hidden folders of `folder`, and bitmaps named with `prefix`.
 
-    Only while libvirt runs no backup of the guest: else they may be its own. Raises Stalled, and what `watch` raises.
+    Only while libvirt runs no backup of the guest: else they may be its own. A guest that goes off takes them along.
+    Raises Stalled, and what `watch` raises.
     """
+    try:
+        _end(guest, folder, prefix, watch)
+    except InvalidState:
+        if guest.is_active():
+            raise
+
+
+def _end(guest: Guest, folder: Path, prefix: str, watch: Watcher) -> None:
     if not guest.has_lost_job() and BackupJob(guest).progress() is not None:
         return
     _end_jobs(guest, watch)
