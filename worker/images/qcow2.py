@@ -1,4 +1,4 @@
-"""What the header of a qcow2 file says, without starting qemu-img for it, which takes 10 ms.
+"""What the header of a qcow2 file says, without starting qemu-img for it, which takes 10 to 20 ms.
 
 Only for disks that the fleet has made itself: what comes from elsewhere is for `worker.images.inspect`.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worker.errors import InvalidState
+from worker.models import DiskFormat
 
 # QEMU's docs/interop/qcow2.txt, "Header": magic, version, backing file's offset and length, cluster bits, size.
 _HEADER = struct.Struct(">4sLQLLQ")
@@ -23,6 +24,11 @@ class Header:
 
     virtual_size: int
     backing_file: str | None
+
+
+def virtual_size(path: Path, fmt: DiskFormat) -> int:
+    """Bytes that a guest sees of the disk. Raises InvalidState as `read_header` does."""
+    return read_header(path).virtual_size if fmt == "qcow2" else path.stat().st_size
 
 
 def read_header(path: Path) -> Header:

@@ -17,6 +17,7 @@ from worker.images import qemu_img, snapshots
 from worker.images.checksum import seal
 from worker.images.files import allocated_size
 from worker.images.layout import SnapshotDir
+from worker.images.qcow2 import virtual_size
 from worker.images.reserve import Ledger
 from worker.images.sparse import punch_holes
 from worker.models import Snapshot, SnapshotDisk, SnapshotSpec, Taken, TakenDisk
@@ -113,7 +114,7 @@ def _verified(taken: Taken, ctx: Context, stall: float) -> dict[Path, str]:
 
 
 def _verify(disk: TakenDisk, ctx: Context, stall: float) -> None:
-    size = qemu_img.info(disk.path, disk.format).virtual_size
+    size = virtual_size(disk.path, disk.format)
     if size != disk.virtual_size:
         raise SnapshotDamaged(f"{disk.target} is {size} bytes large instead of {disk.virtual_size}", disk=disk.target)
     found = qemu_img.check(disk.path, disk.format, watch=ctx, stall=stall)

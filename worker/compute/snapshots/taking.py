@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from worker.compute.local import LocalInstance, require_ours
 from worker.context import Context
 from worker.errors import InvalidSpec, SnapshotExists, UnsupportedByHost
-from worker.images import qemu_img, snapshots
+from worker.images import snapshots
 from worker.images.files import copy_durably, temporary_beside, write_text_durably
 from worker.images.layout import SnapshotDir
+from worker.images.qcow2 import virtual_size
 from worker.models import DiskFormat, Frozen, GuestDisk, Snapshot, SnapshotSpec, Taken, TakenDisk
 from worker.virt.domain_xml import parse_nvram
 from worker.virt.guest import Guest
@@ -66,7 +67,7 @@ class Taking:
 
     def taken_disk(self, disk: GuestDisk, path: Path, form: DiskFormat) -> TakenDisk:
         """A disk's content at `path`, in `form`."""
-        size = qemu_img.info(disk.path, format_of(disk)).virtual_size
+        size = virtual_size(disk.path, format_of(disk))
         return TakenDisk(target=disk.target, role=disk.role, path=path, format=form, virtual_size=size)
 
 
