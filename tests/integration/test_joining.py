@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from tests.conftest import settings
 from tests.lab import wait_until
 from worker.compute import survey
+from worker.engine import keys
 from worker.engine.journal import Journal
+from worker.engine.registry import HostRecord, registry
 from worker.engine.worker import Heartbeat
-from worker.errors import HostUnreachable, InstanceNotFound
+from worker.errors import (
+    BrokerUnavailable,
+    FleetError,
+    HostUnreachable,
+    InstanceNotFound,
+    SnapshotNotFound,
+    UnknownHost,
+)
 
 
 def test_a_host_that_could_not_be_looked_at_is_looked_at_again_at_the_next_heartbeat(journal: Journal) -> None:
@@ -30,6 +42,32 @@ def test_a_host_that_could_not_be_looked_at_is_looked_at_again_at_the_next_heart
             heartbeat.stop()
             heartbeat.join(10)
     assert looks == ["hosta"] * 3, "once it has answered, the next look is not due for a minute"
+
+
+def test_what_is_not_known_may_only_not_have_joined_again(journal: Journal) -> None:
+    """Redis has lost its memory: to turn a request away for good, as one about nothing, would be wrong."""
+    fleet = registry()
+    first, second = (HostRecord(name=name, libvirt_uri="", data_dir="") for name in ("hosta", "hostb"))
+
+    def unknown(look: Callable[[str], Any], error: type[FleetError]) -> None:
+        with pytest.raises(error, match="pet"):
+            look("pet")
+
+    looks: dict[Callable[[str], Any], type[FleetError]] = {
+        fleet.require_host: UnknownHost,
+        fleet.require: InstanceNotFound,
+        fleet.require_snapshot: SnapshotNotFound,
+    }
+    with settings(heartbeat_interval=0.3):
+        for joining in ([], [first], [second]):
+            for host in joining:
+                fleet.put_host(host)
+            for look in looks:
+                unknown(look, BrokerUnavailable)
+        wait_until(lambda: not journal.redis.exists(keys.SETTLING), 10, "all that may join have had time to")
+        fleet.put_host(first)  # as at each of its looks
+        for look, error in looks.items():
+            unknown(look, error)
 
 
 def test_a_guest_that_is_undefined_during_the_look_does_not_spoil_it() -> None:

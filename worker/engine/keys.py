@@ -41,6 +41,10 @@ DEFERRED_REQUESTS = f"{PREFIX}:deferred:requests"
 HOSTS = f"{PREFIX}:hosts"
 """HASH, kept: host → JSON `HostRecord`. Written by control workers as they start, read by admission and the CLI."""
 
+SETTLING = f"{PREFIX}:settling"
+"""STRING, expires after two heartbeats: the first host that joined a Redis that knew none, one that lost its memory as
+a rule. Until then the others may still be joining. Written as hosts join, read by admission."""
+
 INSTANCES = f"{PREFIX}:instances"
 """HASH, kept: instance name → JSON `Instance`. Written by steps and by a host's sync, read by admission and the CLI."""
 
@@ -54,10 +58,10 @@ by admission and the CLI."""
 
 
 def operation(operation_id: str) -> str:
-    """HASH, expires once ended: the operation's record. Fields: schema, head, digest, plan, state, cancel, verdict,
-    error, submitted_at, started_at, ended_at, held (since when it was put back and waits for its hosts), restored (when
-    who executes it put it back), and `step:<key>:<field>` with the fields state, fence, attempt, worker, due,
-    published, publications, started_at, ended_at, result, error."""
+    """HASH, expires once ended: the operation's record. Fields: schema, head, digest, plan, state, cancel, irrevocable,
+    verdict, error, submitted_at, started_at, ended_at, held (since when it was put back and waits for its hosts),
+    restored (when who executes it put it back), and `step:<key>:<field>` with the fields state, fence, attempt, worker,
+    due, published, publications, started_at, ended_at, result, error."""
     return f"{PREFIX}:op:{operation_id}"
 
 

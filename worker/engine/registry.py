@@ -10,7 +10,7 @@ from uuid import UUID
 
 from worker.engine import keys
 from worker.engine.connection import Redis, shared, translated
-from worker.errors import HostUnreachable, InstanceNotFound, SnapshotNotFound, UnknownHost
+from worker.errors import BrokerUnavailable, HostUnreachable, InstanceNotFound, SnapshotNotFound, UnknownHost
 from worker.models import Frozen, Instance, Peer, SnapshotEntry
 from worker.settings import get_settings
 
@@ -43,6 +43,8 @@ class Registry:
     def put_host(self, host: HostRecord) -> None:
         """Add a host or renew what is known of it."""
         with translated():
+            if not self.redis.exists(keys.HOSTS):
+                self.redis.set(keys.SETTLING, host.name, px=int(get_settings().heartbeat_interval * 2000))
             self.redis.hset(keys.HOSTS, host.name, host.model_dump_json())
 
     def hosts(self) -> list[HostRecord]:
@@ -62,16 +64,27 @@ class Registry:
         return Peer(name=name, address=host.address or name, data_dir=Path(host.data_dir), copies_out=host.copies_out)
 
     def require_host(self, name: str) -> None:
-        """Raise `UnknownHost` for a host that never joined."""
+        """Raise `UnknownHost` for a host that never joined, `BrokerUnavailable` where it may do so any moment."""
         with translated():
             known = cast("list[str]", self.redis.hkeys(keys.HOSTS))
         if name not in known:
+            self._require_settled(f"host {name!r}")
             raise UnknownHost(
                 f"host: no host {name!r} is in the fleet; allowed: {', '.join(sorted(known)) or 'none has joined yet'}",
                 hint="A host joins when its control worker starts: virtfleet worker control --host NAME",
                 field="host",
                 given=name,
                 allowed=sorted(known),
+            )
+
+    def _require_settled(self, missing: str) -> None:
+        """Raise `BrokerUnavailable` while what is missing may only not be known again yet."""
+        with translated():
+            settling = self.redis.exists(keys.SETTLING) or not self.redis.exists(keys.HOSTS)
+        if settling:
+            raise BrokerUnavailable(
+                f"{missing} is not known, but Redis knew nothing a moment ago, and hosts are still joining",
+                hint="Ask again in some seconds. Each host joins by its control worker: virtfleet worker control",
             )
 
     def knows(self, host: str) -> bool:
@@ -129,9 +142,10 @@ class Registry:
         return Instance.model_validate_json(found) if found else None
 
     def require(self, name_or_uuid: str) -> Instance:
-        """An instance by its name or uuid. Raises `InstanceNotFound`."""
+        """An instance by its name or uuid. Raises `InstanceNotFound`, `BrokerUnavailable` as `require_host`."""
         found = self.find(name_or_uuid)
         if found is None:
+            self._require_settled(f"instance {name_or_uuid!r}")
             raise InstanceNotFound(
                 f"instance: no instance {name_or_uuid!r} is known", field="instance", given=name_or_uuid
             )
@@ -179,10 +193,11 @@ class Registry:
             self.redis.hdel(keys.SNAPSHOTS, snapshot)
 
     def require_snapshot(self, snapshot: str) -> SnapshotEntry:
-        """A snapshot by its id. Raises `SnapshotNotFound`."""
+        """A snapshot by its id. Raises `SnapshotNotFound`, `BrokerUnavailable` as `require_host`."""
         with translated():
             found = cast("str | None", self.redis.hget(keys.SNAPSHOTS, snapshot))
         if found is None:
+            self._require_settled(f"snapshot {snapshot!r}")
             raise SnapshotNotFound(f"snapshot: no snapshot {snapshot!r} is known", field="snapshot", given=snapshot)
         return SnapshotEntry.model_validate_json(found)
 
