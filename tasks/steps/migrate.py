@@ -253,9 +253,7 @@ def shut_down_destination(ctx: StepContext, request: RevertRequest) -> PowerChan
 def leave_destination(ctx: StepContext, request: RevertRequest) -> Acknowledged:  # noqa: ARG001
     """Keep the copy that still counts where nothing starts it."""
     instance = local_instance(ctx)
-    noted = departure.handover_of(instance)
-    former = noted.former if noted and noted.operation == ctx.operation else noted
-    departure.set_aside(instance, _way_back(ctx, "moving").model_copy(update={"former": former}), ctx)
+    departure.set_aside(instance, _way_back(ctx, "moving"), ctx)
     ctx.undo_on(ctx.record.details["leftover"], "set_aside_again", **_set_aside_again(ctx))  # as in `hand_over`
     return Acknowledged(host=ctx.host, fence=ctx.fence, authoritative=ctx.host)
 

@@ -79,8 +79,8 @@ def wait_ready(ctx: StepContext, request: SpawnRequest) -> Instance:
 
 @undoes("discard_fetched")
 def undo_fetch(ctx: StepContext, key: str) -> None:
-    """Remove what has arrived of a snapshot from another host."""
-    elsewhere.discard(local_host(ctx), key, ctx)
+    """Remove what has arrived of a snapshot or a base image from another host."""
+    cargo.discard_arriving(local_host(ctx), key, ctx)
 
 
 @undoes("remove_files")

@@ -34,6 +34,30 @@ def test_json_is_replaced_and_no_temporary_file_stays(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
+@pytest.mark.parametrize("replaced", [True, False])
+def test_what_a_file_was_comes_back(tmp_path: Path, replaced: bool) -> None:
+    note = tmp_path / "note"
+    note.write_text("before")
+    for _ in range(2):  # who was killed between the two begins again
+        files.keep_former(note)
+    if replaced:
+        files.write_text_durably(note, "after")
+    assert files.bring_back_former(note)
+    assert (note.read_text(), [*tmp_path.iterdir()]) == ("before", [note])
+    assert not files.bring_back_former(note), "it is back already"
+
+
+def test_a_replacement_that_stays_leaves_nothing_of_what_was_before(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    files.keep_former(note)
+    assert not files.bring_back_former(note), "there was nothing to keep"
+    note.write_text("before")
+    files.keep_former(note)
+    files.write_text_durably(note, "after")
+    files.forget_former(note)
+    assert (note.read_text(), [*tmp_path.iterdir()]) == ("after", [note])
+
+
 def test_missing_space_is_told_in_sizes_people_read(tmp_path: Path) -> None:
     files.require_space(tmp_path, 1, reserve=1)
     with pytest.raises(NoSpace, match=r"available, but 8388608\.0 TiB are needed") as caught:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from worker.compute import accel, disks
-from worker.compute.cargo import Cargo, Part
+from worker.compute.cargo import Cargo, Part, discard_arriving
 from worker.compute.departure import Departure, Handover, handover_of, note
 from worker.compute.local import LocalHost, LocalInstance
 from worker.compute.provision import (
@@ -200,15 +200,16 @@ def bring_base(local: LocalHost, departure: Departure, image: str, peer: Peer, c
 
 def _bring_from(local: LocalHost, departure: Departure, peer: Peer, ctx: Context, *, how: Copying) -> None:
     name = departure.base or ""
-    unfinished = local.data.temporary(ctx.operation, name)
+    sha256 = name.partition(".")[0]
+    ctx.undo("discard_fetched", key=sha256)
+    unfinished = local.data.arriving(ctx.operation, sha256)
     try:
         remote.fetch(peer, peer.data_dir / "images" / name, unfinished, how, ctx, total=departure.base_size)
-        image_cache(local).adopt(unfinished, name.partition(".")[0], ctx)
+        image_cache(local).adopt(unfinished, sha256, ctx)
     except UNSOUND:
-        unfinished.unlink(missing_ok=True)
+        discard_arriving(local, sha256, ctx)
         raise
-    finally:
-        unfinished.with_name(f"{unfinished.name}.lock").unlink(missing_ok=True)
+    discard_arriving(local, sha256, ctx)
 
 
 def copy_file(instance: LocalInstance, name: str, part: Part, peer: Peer, ctx: Context, *, how: Copying) -> Copied:

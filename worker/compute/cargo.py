@@ -15,7 +15,7 @@ from worker.context import Context, Watcher
 from worker.errors import ConnectionMisconfigured, InternalError
 from worker.images import nbd, qemu_img, remote
 from worker.images.checksum import checksum_of
-from worker.images.files import publish, require_space
+from worker.images.files import locked, publish, require_space
 from worker.images.layout import InstanceDir
 from worker.images.nbd import Nbd
 from worker.images.remote import Copying, Ssh
@@ -147,6 +147,19 @@ def lend(local: LocalHost, paths: Collection[Path], how: Copying, is_over: Calla
             nbd.lend(files, _listens_on(settings.address), link, watch, clients=len(held), held=held)
         except _Over:
             return
+
+
+def discard_arriving(local: LocalHost, key: str, ctx: Context) -> None:
+    """Remove what the operation has fetched, after the last program that still writes to it has ended.
+
+    Raises `InstanceLocked`.
+    """
+    own = local.data.temporary(ctx.operation, key)
+    for lock in own.parent.glob(f"{own.name}.*.part.lock"):
+        with locked(lock, wait=20.0, watch=ctx):
+            lock.unlink()
+    for path in own.parent.glob(f"{own.name}.*"):
+        path.unlink(missing_ok=True)
 
 
 def _listens_on(address: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from pathlib import Path
 from typing import Literal
 
 import structlog
@@ -17,7 +18,14 @@ from worker.compute.resize import refuse_shrinking, require_spec
 from worker.context import Alone, Context
 from worker.errors import ChecksumMismatch, InternalError, InvalidState, UnsupportedByHost
 from worker.images.checksum import checksum_of, is_current
-from worker.images.files import allocated_size, remove_tree, rename_folder, write_text_durably
+from worker.images.files import (
+    allocated_size,
+    bring_back_former,
+    keep_former,
+    remove_tree,
+    rename_folder,
+    write_text_durably,
+)
 from worker.models import Frozen, Move, Network, NewSizes, PowerState, Sizes
 from worker.virt.guest import Guest
 
@@ -54,6 +62,7 @@ class Handover(Frozen):
     """Lies in both copies of an instance that has moved: which one counts, and what the other one is.
 
     `confirm_at`: see `worker.models.Move`. It is noted here since Redis may lose what it was asked to do later.
+    `former`: where an earlier version kept what `keep_former` keeps now.
     """
 
     operation: str
@@ -151,6 +160,7 @@ def set_aside(instance: LocalInstance, handover: Handover, ctx: Context) -> None
                 raise InvalidState(
                     f"{instance.name} is {guest.power()}: it cannot be set aside", hint="Who started it?"
                 )
+        _keep_note_of_before(instance, handover)
         note(instance, handover)  # before anything changes: it says what the domain was
         if guest is not None:
             guest.set_autostart(enabled=False)
@@ -179,7 +189,7 @@ def put_back(instance: LocalInstance, ctx: Context, *, keep_note: bool = False) 
         guest = host.find_uuid(instance.uuid) or host.restore(handover.departure.xml, instance.owner(ctx))
         guest.claim(instance.owner(ctx))
         guest.set_autostart(enabled=handover.departure.autostart)
-        if not keep_note:
+        if not keep_note and not bring_back_former(_note_of(instance)):
             note(instance, handover.former)
     return handover
 
@@ -197,18 +207,28 @@ def _clear_place(instance: LocalInstance) -> None:
 def handover_of(instance: LocalInstance) -> Handover | None:
     """What is noted about the move that this host's copy was part of."""
     try:
-        return Handover.model_validate_json(instance.folder.handover(instance.local.name).read_text())
+        return Handover.model_validate_json(_note_of(instance).read_text())
     except FileNotFoundError:
         return None
 
 
 def note(instance: LocalInstance, handover: Handover | None) -> None:
     """Put down beside this host's copy which one counts; None: there is only this one."""
-    path = instance.folder.handover(instance.local.name)
+    path = _note_of(instance)
     if handover is None:
         path.unlink(missing_ok=True)
-    else:
+    elif handover != handover_of(instance):  # to say the same again needs no space
         write_text_durably(path, handover.model_dump_json(), 0o600)
+
+
+def _keep_note_of_before(instance: LocalInstance, handover: Handover) -> None:
+    noted = handover_of(instance)
+    if noted is None or noted.operation != handover.operation:
+        keep_former(_note_of(instance))
+
+
+def _note_of(instance: LocalInstance) -> Path:
+    return instance.folder.handover(instance.local.name)
 
 
 def counts_here(local: LocalHost, name: str, uuid: str) -> bool:
@@ -286,6 +306,7 @@ def remove_aside(instance: LocalInstance, migration: str, ctx: Context) -> bool:
         return False
     if handover is None or handover.operation != migration or handover.authoritative == instance.local.name:
         raise InvalidState(f"{folder.path} is not from migration {migration}: it is left alone")
+    ctx.make_irrevocable()
     remove_domain(instance.aside, ctx)
     with instance.aside.owned(ctx):
         for path in set(folder.path.iterdir()) - {*folder.handovers(), folder.lock}:

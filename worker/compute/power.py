@@ -148,7 +148,7 @@ def resume(instance: LocalInstance, ctx: Context) -> PowerChange:
 def _start(instance: LocalInstance, guest: Guest, ctx: Context) -> None:
     ctx.check()
     # It may write to disks that a resize has grown: from now on they cannot be shrunk again.
-    instance.folder.before_resize.unlink(missing_ok=True)
+    instance.folder.forget_before_resize()
     guest.start()
 
 

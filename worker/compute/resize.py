@@ -19,7 +19,14 @@ from worker.compute.provision import METADATA_BYTES, domain_config, spec_of
 from worker.context import Context
 from worker.errors import InvalidSpec, InvalidState
 from worker.images import qemu_img
-from worker.images.files import replace_json, require_space, size_of, write_text_durably
+from worker.images.files import (
+    bring_back_former,
+    keep_former,
+    replace_json,
+    require_space,
+    size_of,
+    write_text_durably,
+)
 from worker.images.layout import InstanceDir
 from worker.images.swap import make_swap
 from worker.models import GIB, MIB, DiskSet, Frozen, InstanceSpec, NewSizes, PowerState, Sizes
@@ -155,7 +162,8 @@ def finish(instance: LocalInstance, plan: Plan, ctx: Context) -> PowerState:
         if plan.power in RUNS and not guest.is_active():
             ctx.check()
             guest.start(paused=True)
-        folder.before_resize.unlink(missing_ok=True)
+        ctx.make_irrevocable()
+        folder.forget_before_resize()
         if plan.power is PowerState.RUNNING:
             guest.resume()
         if not plan.after.swap_mib:
@@ -180,12 +188,13 @@ def revert(instance: LocalInstance, ctx: Context) -> None:
         if guest.is_active():
             # Somebody started it: what it has written to its new disks must not be cut off.
             log.warning("the guest runs with its new disks: they stay", uuid=instance.uuid)
-            folder.before_resize.unlink()
+            folder.forget_before_resize()
             return
         _restore_disks(folder, before, ctx)
-        replace_json(folder.spec, {"spec": before.spec.model_dump(mode="json"), "operation": ctx.operation})
+        if not bring_back_former(folder.spec):
+            replace_json(folder.spec, {"spec": before.spec.model_dump(mode="json"), "operation": ctx.operation})
         host.restore(before.xml, instance.owner(ctx))
-        folder.before_resize.unlink()
+        folder.forget_before_resize()
 
 
 def _restore_disks(folder: InstanceDir, before: Before, ctx: Context) -> None:
@@ -197,7 +206,7 @@ def _restore_disks(folder: InstanceDir, before: Before, ctx: Context) -> None:
             qemu_img.shrink(path, disk.format, size)
     if not before.spec.swap_mib:
         folder.swap.unlink(missing_ok=True)
-    elif size_of(folder.swap) != before.spec.swap_mib * MIB:
+    elif not bring_back_former(folder.swap) and size_of(folder.swap) != before.spec.swap_mib * MIB:
         make_swap(folder.swap, before.spec.swap_mib, ctx)
 
 
@@ -207,6 +216,8 @@ def _remember(folder: InstanceDir, guest: Guest, spec: InstanceSpec, found: Disk
         return
     sizes = {disk.path.name: disk.virtual_size for disk in found.disks}
     before = Before(operation=ctx.operation, xml=guest.xml(inactive=True), spec=spec, disks=sizes)
+    for path in (folder.spec, folder.swap):
+        keep_former(path)
     write_text_durably(folder.before_resize, before.model_dump_json(), 0o600)
 
 

@@ -67,6 +67,37 @@ def copy_durably(source: Path, path: Path, mode: int) -> None:
         publish(temporary, path)
 
 
+def keep_former(path: Path) -> None:
+    """Keep what a file is now, so that to take its replacement back needs no space: the disk may be full by then.
+
+    Raises NoSpace.
+    """
+    former = _former(path)
+    former.unlink(missing_ok=True)
+    with out_of_space_is_an_error(path.parent), contextlib.suppress(FileNotFoundError):
+        os.link(path, former)
+
+
+def bring_back_former(path: Path) -> bool:
+    """Make the file again what `keep_former` kept; False when nothing was kept, or it is back already."""
+    try:
+        _former(path).rename(path)
+    except FileNotFoundError:
+        return False
+    forget_former(path)  # rename(2) leaves both names of one and the same file
+    _sync(path.parent)
+    return True
+
+
+def forget_former(path: Path) -> None:
+    """The replacement of the file stays."""
+    _former(path).unlink(missing_ok=True)
+
+
+def _former(path: Path) -> Path:
+    return path.with_name(f"{path.name}.former")
+
+
 def replace_json(path: Path, content: Any) -> None:
     """Replace a small JSON file as a whole; for our eyes only, as specs hold user-data. Raises NoSpace."""
     write_text_durably(path, json.dumps(content, indent=1, sort_keys=True) + "\n", mode=0o600)

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 from uuid import UUID
 
+from worker.images.files import forget_former
 from worker.models import DiskFormat
 
 # QEMU runs as a user of its own: it must reach a file whose name it was given, but need not list a folder.
@@ -74,8 +75,8 @@ class InstanceDir:
         return self.path / f".handover.{host}.json"
 
     def handovers(self) -> list[Path]:
-        """What all hosts know of it."""
-        return [*self.path.glob(".handover.*.json")]
+        """What all hosts know of it, or knew before."""
+        return [*self.path.glob(".handover.*")]
 
     def probe(self, operation: str) -> Path:
         """A mark by which another host's worker sees whether it has this folder too."""
@@ -97,6 +98,12 @@ class InstanceDir:
     def before_resize(self) -> Path:
         """What the instance was before a resize that can still be taken back."""
         return self.path / ".before-resize.json"
+
+    def forget_before_resize(self) -> None:
+        """There is nothing to take back any more: the guest has its old sizes, or runs with the new ones."""
+        self.before_resize.unlink(missing_ok=True)
+        for path in (self.spec, self.swap):
+            forget_former(path)
 
     @property
     def lock(self) -> Path:
@@ -224,6 +231,10 @@ class DataDir:
     def temporary(self, operation: str, name: str) -> Path:
         """A temporary file that is swept once `operation` has ended."""
         return self.tmp / f"{quote(operation, safe='')}@{name}"
+
+    def arriving(self, operation: str, key: str, state: str = "part") -> Path:
+        """A file on its way here from another host. What an earlier boot left is not continued, as `partial`."""
+        return self.temporary(operation, f"{key}.{boot()}.{state}")
 
     def partial_download(self, name: str) -> Path:
         """A download any operation may continue; what `transfer` notes about it lies beside it."""

@@ -16,8 +16,7 @@ from worker.context import Context, Watcher
 from worker.errors import CommandFailed, SnapshotDamaged, SnapshotNotFound
 from worker.images import qemu_img, remote, snapshots
 from worker.images.checksum import seal, sha256_of
-from worker.images.files import allocated_size, locked, require_space
-from worker.images.layout import boot
+from worker.images.files import allocated_size, require_space
 from worker.images.remote import Copying
 from worker.images.sources import SNAPSHOT, Limits, Source, SourceRecord
 from worker.models import BaseImage, Frozen, InstanceSpec, Peer, RootFile
@@ -52,7 +51,7 @@ def fetch(local: LocalHost, spec: InstanceSpec, there: Elsewhere, link: Link, ct
         return fetch_image(local, spec, ctx)  # both hosts see the same folder
     source = _RootDisk(local, there, link, ctx)
     image = image_cache(local).bring(source, spec.sha256, ctx.operation, ctx)
-    discard(local, source.key, ctx)
+    cargo.discard_arriving(local, source.key, ctx)
     return image
 
 
@@ -65,19 +64,6 @@ def lend(local: LocalHost, there: Elsewhere, how: Copying, is_over: Callable[[],
     if not all(path.exists() for path in paths):
         raise _gone(there.id, local.name)
     cargo.lend(local, paths, how, is_over, ctx)
-
-
-def discard(local: LocalHost, key: str, ctx: Context) -> None:
-    """Remove what the operation has fetched, after the last program that still writes to it has ended.
-
-    Raises `InstanceLocked`.
-    """
-    own = local.data.temporary(ctx.operation, key)
-    for lock in own.parent.glob(f"{own.name}.*.part.lock"):
-        with locked(lock, wait=20.0, watch=ctx):
-            lock.unlink()
-    for path in own.parent.glob(f"{own.name}.*"):
-        path.unlink(missing_ok=True)
 
 
 class _RootDisk(Source):
@@ -147,8 +133,7 @@ class _RootDisk(Source):
         require_space(self._local.data.tmp, needed, limits.reserve_bytes)
 
     def _path(self, number: int, state: str) -> Path:
-        # What an earlier boot left is not continued: it may not be on the disk.
-        return self._local.data.temporary(self._ctx.operation, f"{self.key}.{number}.{boot()}.{state}")
+        return self._local.data.arriving(self._ctx.operation, f"{self.key}.{number}", state)
 
 
 def _gone(snapshot: str, host: str) -> SnapshotNotFound:
