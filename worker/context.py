@@ -35,6 +35,12 @@ class Context(Watcher, Protocol):
     def undo(self, action: str, **arguments: Any) -> None:
         """Put down how to undo what is about to be done; durable before it returns. JSON-able arguments."""
 
+    def make_irrevocable(self) -> None:
+        """Say that what comes next cannot be taken back: from then on the operation goes forward only.
+
+        A cancel is too late then. Raises `Cancelled` when one came before, `FencedOff`.
+        """
+
 
 class Alone:
     """A context for work that nobody watches: scripts, benchmarks and tests of verbs."""
@@ -55,6 +61,9 @@ class Alone:
     def undo(self, action: str, **arguments: Any) -> None:
         """Remember how to undo."""
         self.undone_by.append((action, arguments))
+
+    def make_irrevocable(self) -> None:
+        """Nobody stops this work."""
 
 
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)

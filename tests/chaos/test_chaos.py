@@ -35,6 +35,8 @@ QUICK = [
     ("snapshot cold", "SIGKILL control worker", "managed_save", 0.3),
     ("destroy", "SIGKILL control worker", "destroy_instance", 0.5),
     ("migrate", "SIGKILL disk worker", "copy_disk:root.raw", 0.5),
+    ("confirm", "cancel", "remove_leftover", 0.9),
+    ("revert", "disk full", "start_source", 0.0),
 ]
 THOROUGH = [
     ("spawn", "messages doubled", "admission", 0.0),
@@ -55,6 +57,8 @@ THOROUGH = [
     ("resize", "SIGKILL control worker", "finish_resize", 0.5),
     ("resize", "FLUSHALL", "shut_down", 0.5),
     ("resize", "SIGKILL pool child", "plan_resize", 0.3),
+    ("resize", "disk full", "redefine", 0.9),
+    ("resize", "cancel", "finish_resize", 0.9),
     ("snapshot by backup", "SIGKILL disk worker", "reserve_space", 0.3),
     ("snapshot by backup", "SIGSTOP QEMU", "live_snapshot", 0.3),
     ("snapshot by backup", "FLUSHALL", "extract_snapshot", 0.3),
@@ -82,6 +86,7 @@ THOROUGH = [
     ("migrate", "SIGKILL control worker", "undo", 0.3),
     ("migrate over NBD", "SIGKILL control worker", "lend:base", 0.5),
     ("migrate over NBD", "SIGKILL disk worker", "prepare_destination", 0.5),
+    ("migrate over NBD", "disk full", "prepare_destination", 0.3),
     ("migrate over NBD", "SIGTERM control worker", "lend:disks", 0.5),
     ("migrate over NBD", "cables cut", "copy_disk:root.qcow2", 0.5),
     ("confirm", "FLUSHALL", "prove_here", 0.0),
@@ -92,6 +97,7 @@ THOROUGH = [
     ("revert", "SIGKILL pool child", "describe_destination", 0.3),
     ("revert", "cancel", "shut_down_destination", 0.5),
     ("revert", "SIGKILL libvirtd", "leave_destination", 0.3),
+    ("revert", "disk full", "leave_destination", 0.9),
     ("revert", "SIGKILL control worker", "return_source", 0.3),
     ("revert", "SIGSTOP libvirtd", "start_source", 0.5),
     ("revert", "FLUSHALL, SIGKILL both", "release_destination", 0.3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from tests.fleet.conftest import Spawn
 from tests.fleet.parts import Commands, Scheduler, domains, files, libvirt_of, remains, virsh
-from tests.lab import Fleet, LabHost
+from tests.lab import Fleet, LabHost, wait_until
 
 
 @pytest.fixture
@@ -70,6 +71,26 @@ def test_destroying_twice_succeeds_and_says_so(command: Commands, scheduler: Sch
     done = command("destroy", name)
     assert done.returncode == 0
     assert "already gone" in done.stdout
+
+
+def test_a_cancel_does_not_stop_it_half_way(
+    fleet: Fleet, command: Commands, scheduler: Scheduler, spawn: Spawn, name: str
+) -> None:
+    """Its worker dies once the guest is being destroyed; who cancels it then gets to know that it is too late."""
+    spawn(name=name)
+    operation, worker = f"gone-{name}", fleet.worker("hosta", "control")
+    redis = fleet.redis.client()
+    sent = scheduler.send("destroy", instance=name, operation_id=operation)
+    wait_until(lambda: redis.hexists(f"virtfleet:op:{operation}", "irrevocable"), 20, "there is no way back")
+    worker.kill9()
+    asked = command("cancel", operation, "--no-wait", "--json")
+    told = command("cancel", operation, "--no-wait")
+    worker.start()
+    record = json.loads(asked.stdout)
+    assert (record["irrevocable"], record["cancel_requested"]) == (True, False)
+    assert "cannot be taken back any more" in told.stderr
+    assert sent.get(timeout=60)["state"] == "succeeded"
+    assert remains(fleet) == {}
 
 
 def test_an_unknown_name_is_a_mistake_and_not_a_success(command: Commands, scheduler: Scheduler) -> None:

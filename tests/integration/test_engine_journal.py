@@ -420,6 +420,33 @@ def test_a_cancel_that_comes_too_late_changes_nothing(journal: Journal) -> None:
     assert (record.state, record.cancel) == (State.SUCCEEDED, None)
 
 
+def test_what_cannot_be_taken_back_cannot_be_cancelled(journal: Journal) -> None:
+    admit(journal, "op")
+    lease = take(journal)
+    for _ in range(2):  # the first answer may be lost on its way
+        assert journal.make_irrevocable(lease) == "ok"
+    assert journal.cancel("op") is State.RUNNING
+    record = journal.read("op")
+    assert (record.irrevocable, record.cancel) == (True, None)
+    assert journal.renew(lease) == ("held", False)
+
+
+def test_who_is_asked_to_stop_first_takes_nothing_back_that_it_cannot(journal: Journal) -> None:
+    admit(journal, "op")
+    lease = take(journal)
+    journal.cancel("op")
+    assert journal.make_irrevocable(lease) == "cancel"
+    assert not journal.read("op").irrevocable
+
+
+def test_who_has_lost_the_step_cannot_make_it_irrevocable(journal: Journal) -> None:
+    admit(journal, "op")
+    lease = take(journal)
+    assert journal.make_irrevocable(replace(lease, fence=lease.fence - 1)) == "refused"
+    journal.redis.delete(keys.operation("op"))
+    assert journal.make_irrevocable(lease) == "gone"
+
+
 def test_the_end_frees_the_instance_and_lets_the_record_expire(journal: Journal) -> None:
     admit(journal, "op")
     copy = take(journal)

@@ -78,13 +78,19 @@ def cancel(operation_id: OperationId, no_wait: bool = False, as_json: AsJson = F
     with output.errors_told(as_json=as_json):
         fleet = Fleet()
         record = fleet.cancel(operation_id)
-        if record.state.final and not as_json:
-            output.complaints.print(f"[yellow]Too late[/]: {operation_id} has ended already.")
+        if not as_json and (obstacle := _too_late(record)):
+            output.complaints.print(f"[yellow]Too late[/]: {operation_id} {obstacle}.")
         if no_wait:
             if as_json:
                 output.print_json(record.as_dict())
             raise typer.Exit(output.OK)
         raise typer.Exit(follow(fleet, operation_id, as_json=as_json))
+
+
+def _too_late(record: Record) -> str:
+    if record.state.final:
+        return "has ended already"
+    return "cannot be taken back any more, and goes on to its end" if record.irrevocable else ""
 
 
 def _row(record: Record) -> list[str]:

@@ -362,6 +362,8 @@ def destroy(instance: LocalInstance, ctx: Context, *, foreign: bool = False) -> 
         if guest is not None:
             require_ours(guest, foreign=foreign)
             guest.check_fence(instance.owner(ctx))
+        ctx.make_irrevocable()
+        if guest is not None:
             guest.destroy()
         files = any(entry != folder.lock for entry in folder.path.iterdir())
         remove_tree(folder.path, instance.local.data.instances)

@@ -14,6 +14,8 @@ from worker.errors import FleetError, InstanceBusy, InvalidState
 def cancel(operation_id: str) -> Record:
     """Ask an operation to stop; its record as it is then. Asking again, or too late, changes nothing.
 
+    Too late is also when it is `irrevocable`: part of what it removes is gone.
+
     Raises `OperationNotFound`, `BrokerUnavailable`.
     """
     book = journal()

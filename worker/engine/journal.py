@@ -312,6 +312,11 @@ class Journal:
         )
         return cast("Committed", answer)
 
+    def make_irrevocable(self, lease: Lease) -> Literal["ok", "cancel", "refused", "gone"]:
+        """Have the operation go forward only; `cancel` when it was asked to stop before."""
+        answer = self._run("make_irrevocable", [keys.operation(lease.operation)], lease.step, lease.fence)
+        return cast('Literal["ok", "cancel", "refused", "gone"]', answer)
+
     def mark_published(self, operation_id: str, steps: Iterable[StepRecord]) -> None:
         """Remember that messages for these steps went out just now."""
         pairs = [part for step in steps for part in (step.key, step.attempt)]

@@ -82,6 +82,13 @@ class LeaseKeeper:
         self._look_again()
         self._copy()
 
+    def remember(self, field: str, value: str) -> None:
+        """Keep in mind what the journal was told of the operation as a whole."""
+        self._look_again()
+        fields, undo = self._dump
+        self._dump = {**fields, field: value}, undo
+        self._copy()
+
     def _look_again(self) -> None:
         """Learn what siblings have put down since; where Redis has lost it all, what is known here stands."""
         with suppress(BrokerUnavailable):

@@ -140,6 +140,7 @@ class Record:
     undo: tuple[UndoEntry, ...] = ()
     undo_steps: tuple[StepRecord, ...] = ()
     cancel: float | None = None
+    irrevocable: bool = False
     held: float | None = None
     restored: float | None = None
     verdict: State | None = None
@@ -183,6 +184,7 @@ class Record:
             "result": self.result,
             "error": self.error,
             "cancel_requested": self.cancel is not None,
+            "irrevocable": self.irrevocable,
             "submitted_at": self.submitted_at,
             "started_at": self.started_at,
             "ended_at": self.ended_at,
@@ -241,6 +243,7 @@ def _parsed(operation_id: str, fields: dict[str, str], undo: list[str]) -> Recor
         undo=entries,
         undo_steps=tuple(_step(undo_plan(index, entry), fields) for index, entry in enumerate(entries)),
         cancel=_number(fields.get("cancel")),
+        irrevocable="irrevocable" in fields,
         held=_number(fields.get("held")),
         restored=_number(fields.get("restored")),
         verdict=State(fields["verdict"]) if fields.get("verdict") else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +15,7 @@ from worker.engine.patience import patiently
 from worker.engine.progress import Meter
 from worker.engine.record import UNDO_STEP, Record, StepPlan, UndoEntry
 from worker.engine.registry import Registry, registry
-from worker.errors import BrokerUnavailable, FencedOff
+from worker.errors import BrokerUnavailable, Cancelled, FencedOff
 from worker.settings import get_settings
 
 if TYPE_CHECKING:
@@ -89,13 +90,27 @@ class StepContext:
         """Put down how to undo what that host will do, before it may begin: so this host knows of it, too."""
         self.check()
         entry = UndoEntry(action, host, arguments)
-        answer = patiently(self._book.push_undo, self.lease, entry)
+        self._put_down(lambda: self._book.push_undo(self.lease, entry))
+        self._keeper.remember_undo(entry.as_json())
+
+    def make_irrevocable(self) -> None:
+        """Say that what comes next cannot be taken back; see `worker.context.Context`. An undo never can."""
+        if self.is_undo:
+            return
+        self.check()
+        if self._put_down(lambda: self._book.make_irrevocable(self.lease)) == "cancel":
+            raise Cancelled(f"operation {self.operation} was asked to stop")
+        self._keeper.remember("irrevocable", "1")
+
+    def _put_down(self, write: Callable[[], str]) -> str:
+        """What the journal answers to that; where Redis has lost the operation, once it knows of it again."""
+        answer = patiently(write)
         if answer == "gone":
             self._keeper.restore()
-            answer = patiently(self._book.push_undo, self.lease, entry)
-        if answer != "ok":
+            answer = patiently(write)
+        if answer in {"gone", "refused"}:
             raise FencedOff(f"another worker has taken over step {self.lease.step!r}", fence=self.fence)
-        self._keeper.remember_undo(entry.as_json())
+        return answer
 
     def result(self, step: Step[Returned], key: str | None = None) -> Returned:
         """What an earlier step of this operation returned; `key` tells several of one kind apart."""

@@ -1,8 +1,9 @@
--- Ask an operation to stop. KEYS: 1 operation, 2 ATTENTION   ARGV: 1 id
+-- Ask an operation to stop, unless it can only go forward any more. KEYS: 1 operation, 2 ATTENTION   ARGV: 1 id
 -- Returns the state it was in when asked, '' when there is none
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return '' end
-if state == 'queued' or state == 'running' or state == 'waiting' then
+local may_stop = redis.call('HEXISTS', KEYS[1], 'irrevocable') == 0
+if may_stop and (state == 'queued' or state == 'running' or state == 'waiting') then
   local now = string.format('%.6f', seconds())
   redis.call('HSETNX', KEYS[1], 'cancel', now)
   redis.call('ZADD', KEYS[2], now, ARGV[1])

@@ -9,6 +9,17 @@ local function seconds()
   return tonumber(now[1]) + tonumber(now[2]) / 1e6
 end
 
+-- Whether the execution of a step with that fence may still put something down: 'ok' | 'refused' | 'gone'.
+local function whose_turn(operation, step, fence)
+  local state = redis.call('HGET', operation, 'state')
+  if not state then return 'gone' end
+  local field = 'step:' .. step .. ':'
+  local known = tonumber(redis.call('HGET', operation, field .. 'fence') or '0')
+  if known < tonumber(fence) then return 'gone' end -- see renew.lua
+  if known > tonumber(fence) or ENDED[state] then return 'refused' end
+  return redis.call('HGET', operation, field .. 'state') == 'running' and 'ok' or 'refused'
+end
+
 -- Id of the operation that owns an instance: the one that its claim names, as long as that lives; else nil.
 local function owner_of(claim, prefix)
   local owner = redis.call('GET', claim)
@@ -111,8 +122,9 @@ local function learn(operation, undo, entries, fields)
   elseif fields.state == 'running' and (state == 'waiting' or state == 'queued') then
     redis.call('HSET', operation, 'state', 'running')
   end
-  for _, name in ipairs({ 'cancel', 'started_at' }) do
+  for _, name in ipairs({ 'cancel', 'irrevocable', 'started_at' }) do
     if fields[name] then redis.call('HSETNX', operation, name, fields[name]) end
   end
+  if redis.call('HEXISTS', operation, 'irrevocable') == 1 then redis.call('HDEL', operation, 'cancel') end
   return learnt
 end
