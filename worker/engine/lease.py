@@ -84,7 +84,6 @@ class LeaseKeeper:
 
     def remember(self, field: str, value: str) -> None:
         """Keep in mind what the journal was told of the operation as a whole."""
-        self._look_again()
         fields, undo = self._dump
         self._dump = {**fields, field: value}, undo
         self._copy()
