@@ -53,9 +53,9 @@ class Fleet:
         """
         return submit(request)
 
-    def cancel(self, operation_id: str) -> Record:
-        """Ask an operation to stop. Raises `OperationNotFound`."""
-        return cancel(operation_id)
+    def cancel(self, operation_id: str, *, give_up: bool = False) -> Record:
+        """Ask an operation to stop; with `give_up` also one that is `irrevocable`. Raises `OperationNotFound`."""
+        return cancel(operation_id, give_up=give_up)
 
     def retry_undo(self, operation_id: str) -> Record:
         """Try again to undo an operation that is stuck. Raises `OperationNotFound`, `InvalidState`, `InstanceBusy`."""

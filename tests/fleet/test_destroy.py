@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,16 +77,16 @@ def test_destroying_twice_succeeds_and_says_so(command: Commands, scheduler: Sch
 def test_a_cancel_does_not_stop_it_half_way(
     fleet: Fleet, command: Commands, scheduler: Scheduler, spawn: Spawn, name: str
 ) -> None:
-    """Its worker dies once the guest is being destroyed; who cancels it then gets to know that it is too late."""
+    """Its worker stands still once the guest is being destroyed; who cancels it then is told that it is too late."""
     spawn(name=name)
     operation, worker = f"gone-{name}", fleet.worker("hosta", "control")
     redis = fleet.redis.client()
     sent = scheduler.send("destroy", instance=name, operation_id=operation)
     wait_until(lambda: redis.hexists(f"virtfleet:op:{operation}", "irrevocable"), 20, "there is no way back")
-    worker.kill9()
+    worker.kill(signal.SIGSTOP)
     asked = command("cancel", operation, "--no-wait", "--json")
     told = command("cancel", operation, "--no-wait")
-    worker.start()
+    worker.kill(signal.SIGCONT)
     record = json.loads(asked.stdout)
     assert (record["irrevocable"], record["cancel_requested"]) == (True, False)
     assert "cannot be taken back any more" in told.stderr

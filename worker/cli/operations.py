@@ -73,11 +73,17 @@ def watch(operation_id: OperationId, as_json: AsJson = False) -> None:
         raise typer.Exit(follow(Fleet(), operation_id, as_json=as_json))
 
 
-def cancel(operation_id: OperationId, no_wait: bool = False, as_json: AsJson = False) -> None:
+GiveUp = Annotated[
+    bool,
+    typer.Option("--give-up", help="Also if it cannot be taken back: its host is gone for good. It ends half done."),
+]
+
+
+def cancel(operation_id: OperationId, no_wait: bool = False, give_up: GiveUp = False, as_json: AsJson = False) -> None:
     """Stop an operation and undo what it did; exits with 3 when that was done."""
     with output.errors_told(as_json=as_json):
         fleet = Fleet()
-        record = fleet.cancel(operation_id)
+        record = fleet.cancel(operation_id, give_up=give_up)
         if not as_json and (obstacle := _too_late(record)):
             output.complaints.print(f"[yellow]Too late[/]: {operation_id} {obstacle}.")
         if no_wait:
@@ -90,7 +96,7 @@ def cancel(operation_id: OperationId, no_wait: bool = False, as_json: AsJson = F
 def _too_late(record: Record) -> str:
     if record.state.final:
         return "has ended already"
-    return "cannot be taken back any more, and goes on to its end" if record.irrevocable else ""
+    return "cannot be taken back any more; to end it as it is: --give-up" if record.irrevocable else ""
 
 
 def _row(record: Record) -> list[str]:

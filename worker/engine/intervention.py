@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from worker.app import app
 from worker.engine.advance import advance
@@ -11,15 +12,16 @@ from worker.engine.record import Record, State
 from worker.errors import FleetError, InstanceBusy, InvalidState
 
 
-def cancel(operation_id: str) -> Record:
+def cancel(operation_id: str, *, give_up: bool = False) -> Record:
     """Ask an operation to stop; its record as it is then. Asking again, or too late, changes nothing.
 
-    Too late is also when it is `irrevocable`: part of what it removes is gone.
+    Too late is also when it is `irrevocable`: part of what it removes may be gone. With `give_up` it ends as it is: for
+    an operation on a host that does not come back.
 
     Raises `OperationNotFound`, `BrokerUnavailable`.
     """
     book = journal()
-    if not book.cancel(operation_id).final:
+    if not book.cancel(operation_id, give_up=give_up).final:
         advance(operation_id, prompt=True)
     return book.read(operation_id)
 
@@ -41,9 +43,9 @@ def retry_undo(operation_id: str) -> Record:
 
 
 @app.task(name="virtfleet.cancel")
-def cancel_by_name(operation_id: str) -> dict[str, object]:
+def cancel_by_name(operation_id: str, *, give_up: bool = False) -> dict[str, object]:
     """Cancel an operation, for schedulers that send tasks by name."""
-    return _answer(cancel, operation_id)
+    return _answer(partial(cancel, give_up=give_up), operation_id)
 
 
 @app.task(name="virtfleet.retry_undo")

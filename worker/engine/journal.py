@@ -380,9 +380,13 @@ class Journal:
 
     # --- turning back and ending ---------------------------------------------------------------------------------
 
-    def cancel(self, operation_id: str) -> State:
-        """Ask an operation to stop; the state it was in. Raises `OperationNotFound`."""
-        state = self._run("cancel", [keys.operation(operation_id), keys.ATTENTION], operation_id)
+    def cancel(self, operation_id: str, *, give_up: bool = False) -> State:
+        """Ask an operation to stop; the state it was in. `give_up`: also one that can only go forward.
+
+        Raises `OperationNotFound`.
+        """
+        subjects = [keys.operation(operation_id), keys.ATTENTION]
+        state = self._run("cancel", subjects, operation_id, "1" if give_up else "")
         if not state:
             raise OperationNotFound(f"no operation {operation_id!r} is in the journal")
         return State(state)

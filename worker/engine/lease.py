@@ -40,6 +40,7 @@ class LeaseKeeper:
         self.silent = False
         """Whether Redis did not answer the last renewal."""
         self._stop: FleetError | None = None
+        self._irrevocable = False
         self._heard_at = lease.asked_at
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"lease {lease.step}", daemon=True)
@@ -82,10 +83,9 @@ class LeaseKeeper:
         self._look_again()
         self._copy()
 
-    def remember(self, field: str, value: str) -> None:
-        """Keep in mind what the journal was told of the operation as a whole."""
-        fields, undo = self._dump
-        self._dump = {**fields, field: value}, undo
+    def remember_irrevocable(self) -> None:
+        """Keep in mind that the operation cannot be taken back, in case Redis forgets it."""
+        self._irrevocable = True
         self._copy()
 
     def _look_again(self) -> None:
@@ -109,7 +109,8 @@ class LeaseKeeper:
 
     def _own(self) -> dict[str, str]:
         field = f"step:{self.lease.step}:"
-        return {f"{field}state": "running", f"{field}fence": str(self.lease.fence)}
+        known = {f"{field}state": "running", f"{field}fence": str(self.lease.fence)}
+        return known | ({"irrevocable": "1"} if self._irrevocable else {})
 
     def restore(self) -> None:
         """Give Redis back the record that it has lost, and go on."""

@@ -100,7 +100,7 @@ class StepContext:
         self.check()
         if self._put_down(lambda: self._book.make_irrevocable(self.lease)) == "cancel":
             raise Cancelled(f"operation {self.operation} was asked to stop")
-        self._keeper.remember("irrevocable", "1")
+        self._keeper.remember_irrevocable()
 
     def _put_down(self, write: Callable[[], str]) -> str:
         """What the journal answers to that; where Redis has lost the operation, once it knows of it again."""

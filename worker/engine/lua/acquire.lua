@@ -50,7 +50,7 @@ if holder == ARGV[4] then return yours() end -- the first answer was lost on its
 if holder then return { 'leased' } end
 local restored = tonumber(redis.call('HGET', KEYS[1], 'restored') or '0')
 if step == 'running' and now - restored < RENEWED then return { 'leased' } end
-if ARGV[6] == 'run' and redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then return { 'cancel' } end
+if ARGV[6] == 'run' and is_cancelled(KEYS[1]) then return { 'cancel' } end
 if not is_its_turn() then return { 'early' } end
 -- A message that lingered from before a retry was put off must not run ahead of its time.
 if step == 'retry' and tonumber(redis.call('HGET', KEYS[1], field .. 'due')) > now + 0.05 then return { 'early' } end

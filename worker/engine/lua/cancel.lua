@@ -1,7 +1,9 @@
--- Ask an operation to stop, unless it can only go forward any more. KEYS: 1 operation, 2 ATTENTION   ARGV: 1 id
+-- Ask an operation to stop, unless it can only go forward any more.
+-- KEYS: 1 operation, 2 ATTENTION   ARGV: 1 id, 2 '1' to give it up even so
 -- Returns the state it was in when asked, '' when there is none
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return '' end
+if ARGV[2] == '1' then redis.call('HDEL', KEYS[1], 'irrevocable') end
 local may_stop = redis.call('HEXISTS', KEYS[1], 'irrevocable') == 0
 if may_stop and (state == 'queued' or state == 'running' or state == 'waiting') then
   local now = string.format('%.6f', seconds())

@@ -30,6 +30,6 @@ if ARGV[7] ~= '' and state ~= 'undoing' then
 end
 if redis.call('GET', KEYS[2]) == ARGV[3] then redis.call('DEL', KEYS[2]) end
 -- A cancel does not wait until the step would be tried again.
-local cancelled = redis.call('HEXISTS', KEYS[1], 'cancel') == 1 and string.sub(ARGV[2], 1, 5) ~= 'undo:'
+local cancelled = is_cancelled(KEYS[1]) and string.sub(ARGV[2], 1, 5) ~= 'undo:'
 redis.call('ZADD', KEYS[3], cancelled and now or now + tonumber(ARGV[6]), ARGV[1])
 return 'ok'

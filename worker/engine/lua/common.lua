@@ -20,6 +20,11 @@ local function whose_turn(operation, step, fence)
   return redis.call('HGET', operation, field .. 'state') == 'running' and 'ok' or 'refused'
 end
 
+-- Whether the operation is to stop. One that cannot be taken back goes on, whoever asked (an earlier version may have).
+local function is_cancelled(operation)
+  return redis.call('HEXISTS', operation, 'cancel') == 1 and redis.call('HEXISTS', operation, 'irrevocable') == 0
+end
+
 -- Id of the operation that owns an instance: the one that its claim names, as long as that lives; else nil.
 local function owner_of(claim, prefix)
   local owner = redis.call('GET', claim)

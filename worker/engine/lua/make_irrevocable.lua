@@ -3,6 +3,6 @@
 -- Returns 'ok' | 'cancel' | 'refused' | 'gone'
 local answer = whose_turn(KEYS[1], ARGV[1], ARGV[2])
 if answer ~= 'ok' then return answer end
-if redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then return 'cancel' end
+if is_cancelled(KEYS[1]) then return 'cancel' end
 redis.call('HSET', KEYS[1], 'irrevocable', '1')
 return 'ok'

@@ -4,7 +4,7 @@
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return { 'gone', '' } end
 local field = 'step:' .. ARGV[1] .. ':'
-local cancel = redis.call('HEXISTS', KEYS[1], 'cancel') == 1 and '1' or ''
+local cancel = is_cancelled(KEYS[1]) and '1' or ''
 local holder = redis.call('GET', KEYS[2])
 local fence = tonumber(redis.call('HGET', KEYS[1], field .. 'fence') or '0')
 -- Fences only grow: one that is lower than ours was put back by a sibling that had not heard of us.
