@@ -27,6 +27,9 @@ from worker.settings import get_settings
 
 log = structlog.get_logger(__name__)
 
+_joined: set[str] = set()
+"""Hosts that this process has entered into the registry before: one that is not there is not new, but forgotten."""
+
 
 @app.task(name="virtfleet.sync_host", throws=(FleetError,))
 def sync_host(host: str) -> dict[str, Any]:
@@ -74,9 +77,12 @@ def join(host: str) -> None:
         copies_out=settings.copies_out,
         seen_at=since,
     )
-    if not patiently(fleet.knows, host):
-        patiently(fleet.put_host, record)  # the look may take a while (the first probe of KVM, a sick libvirtd)
     local = LocalHost(host, settings)
+    if not patiently(fleet.knows, host):
+        if host in _joined or _has_instances(local):
+            patiently(fleet.settle, host)
+        _joined.add(host)
+        patiently(fleet.put_host, record)  # the look may take a while (the first probe of KVM, a sick libvirtd)
     try:
         with local.libvirt() as connection:
             present = survey.instances(local, connection)
@@ -88,6 +94,10 @@ def join(host: str) -> None:
             record = record.model_copy(update=found)
     finally:
         patiently(fleet.put_host, record)
+
+
+def _has_instances(local: LocalHost) -> bool:
+    return local.data.instances.is_dir() and any(local.data.instances.iterdir())
 
 
 def sweep(host: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tasks.spawn import SpawnRequest
 from tests.conftest import settings
 from tests.lab import wait_until
 from worker.compute import survey
@@ -47,27 +48,31 @@ def test_a_host_that_could_not_be_looked_at_is_looked_at_again_at_the_next_heart
 def test_what_is_not_known_may_only_not_have_joined_again(journal: Journal) -> None:
     """Redis has lost its memory: to turn a request away for good, as one about nothing, would be wrong."""
     fleet = registry()
-    first, second = (HostRecord(name=name, libvirt_uri="", data_dir="") for name in ("hosta", "hostb"))
-
-    def unknown(look: Callable[[str], Any], error: type[FleetError]) -> None:
-        with pytest.raises(error, match="pet"):
-            look("pet")
-
     looks: dict[Callable[[str], Any], type[FleetError]] = {
         fleet.require_host: UnknownHost,
         fleet.require: InstanceNotFound,
         fleet.require_snapshot: SnapshotNotFound,
     }
-    with settings(heartbeat_interval=0.3):
-        for joining in ([], [first], [second]):
-            for host in joining:
-                fleet.put_host(host)
-            for look in looks:
-                unknown(look, BrokerUnavailable)
-        wait_until(lambda: not journal.redis.exists(keys.SETTLING), 10, "all that may join have had time to")
-        fleet.put_host(first)  # as at each of its looks
-        for look, error in looks.items():
-            unknown(look, error)
+    for _ in range(2):
+        for look in looks:
+            with pytest.raises(BrokerUnavailable, match="'pet' is not known, but Redis knew nothing"):
+                look("pet")
+        fleet.settle("hosta")
+        fleet.put_host(HostRecord(name="hosta", libvirt_uri="", data_dir=""))
+    journal.redis.delete(keys.SETTLING)  # after some seconds
+    for look, error in looks.items():
+        with pytest.raises(error, match="pet"):
+            look("pet")
+
+
+def test_a_name_is_not_free_before_all_have_joined_again(journal: Journal) -> None:
+    fleet, wanted = registry(), SpawnRequest(name="pet", host="hosta", image="/i")
+    fleet.put_host(HostRecord(name="hosta", libvirt_uri="", data_dir=""))
+    fleet.settle("hosta")
+    with pytest.raises(BrokerUnavailable, match="'pet' is not known"):
+        wanted.target(fleet, "op")
+    journal.redis.delete(keys.SETTLING)
+    assert wanted.target(fleet, "op").host == "hosta"
 
 
 def test_a_guest_that_is_undefined_during_the_look_does_not_spoil_it() -> None:

@@ -72,7 +72,6 @@ class Fleet:
         """Wait until both workers of every host serve it; raises LabError with the log of one that ended."""
         names = ", ".join(self.hosts)
         wait_until(self._ready, timeout, f"`virtfleet hosts` shows the workers of {names}", self._listing_log)
-        self.redis.client().delete("virtfleet:settling")  # no other host is going to join
 
     def flower(self) -> str:
         """Start Flower; returns the address where it soon answers."""

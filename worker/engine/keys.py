@@ -42,8 +42,8 @@ HOSTS = f"{PREFIX}:hosts"
 """HASH, kept: host → JSON `HostRecord`. Written by control workers as they start, read by admission and the CLI."""
 
 SETTLING = f"{PREFIX}:settling"
-"""STRING, expires after two heartbeats: the first host that joined a Redis that knew none, one that lost its memory as
-a rule. Until then the others may still be joining. Written as hosts join, read by admission."""
+"""STRING, expires: the last host that joined with instances of which Redis knew nothing, as it has lost its memory.
+Until then other hosts, and what is on them, may still be missing. Written as hosts join, read by admission."""
 
 INSTANCES = f"{PREFIX}:instances"
 """HASH, kept: instance name → JSON `Instance`. Written by steps and by a host's sync, read by admission and the CLI."""

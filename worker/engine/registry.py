@@ -43,9 +43,17 @@ class Registry:
     def put_host(self, host: HostRecord) -> None:
         """Add a host or renew what is known of it."""
         with translated():
-            if not self.redis.exists(keys.HOSTS):
-                self.redis.set(keys.SETTLING, host.name, px=int(get_settings().heartbeat_interval * 2000))
             self.redis.hset(keys.HOSTS, host.name, host.model_dump_json())
+
+    def settle(self, host: str) -> None:
+        """A host comes back of which Redis knows nothing: give the others time to do so, too.
+
+        Each notices at a heartbeat, looks through its copies of operations, then through its guests.
+        """
+        settings = get_settings()
+        patience = 2 * settings.heartbeat_interval + settings.connect_timeout + 5
+        with translated():
+            self.redis.set(keys.SETTLING, host, px=int(1000 * patience))
 
     def hosts(self) -> list[HostRecord]:
         """All hosts that have ever joined, by name."""
@@ -68,20 +76,20 @@ class Registry:
         with translated():
             known = cast("list[str]", self.redis.hkeys(keys.HOSTS))
         if name not in known:
-            self._require_settled(f"host {name!r}")
+            self.require_settled(f"host {name!r}")
             raise UnknownHost(
-                f"host: no host {name!r} is in the fleet; allowed: {', '.join(sorted(known)) or 'none has joined yet'}",
+                f"host: no host {name!r} is in the fleet; allowed: {', '.join(sorted(known))}",
                 hint="A host joins when its control worker starts: virtfleet worker control --host NAME",
                 field="host",
                 given=name,
                 allowed=sorted(known),
             )
 
-    def _require_settled(self, missing: str) -> None:
-        """Raise `BrokerUnavailable` while what is missing may only not be known again yet."""
+    def require_settled(self, missing: str) -> None:
+        """Raise `BrokerUnavailable` while what is missing may only not be known yet, or not again."""
         with translated():
-            settling = self.redis.exists(keys.SETTLING) or not self.redis.exists(keys.HOSTS)
-        if settling:
+            is_settled = self.redis.exists(keys.HOSTS) and not self.redis.exists(keys.SETTLING)
+        if not is_settled:
             raise BrokerUnavailable(
                 f"{missing} is not known, but Redis knew nothing a moment ago, and hosts are still joining",
                 hint="Ask again in some seconds. Each host joins by its control worker: virtfleet worker control",
@@ -145,7 +153,7 @@ class Registry:
         """An instance by its name or uuid. Raises `InstanceNotFound`, `BrokerUnavailable` as `require_host`."""
         found = self.find(name_or_uuid)
         if found is None:
-            self._require_settled(f"instance {name_or_uuid!r}")
+            self.require_settled(f"instance {name_or_uuid!r}")
             raise InstanceNotFound(
                 f"instance: no instance {name_or_uuid!r} is known", field="instance", given=name_or_uuid
             )
@@ -167,17 +175,22 @@ class Registry:
     def replace(self, host: str, present: list[Instance], since: float) -> None:
         """Make the entries of one host equal to what was found there by a look that began at `since`.
 
-        What steps on the host entered after that is newer than the look, and stays. (Both read the host's clock.)
+        What steps on the host entered after that is newer than the look, and stays. (Both read the host's clock.) So
+        does what an operation owns: it may be on its way from one host to another, and on neither for a moment.
         """
         known = {instance.name: instance for instance in self.instances()}
         newer = {name for name, instance in known.items() if instance.host == host and instance.updated_at >= since}
         names = {instance.name for instance in present}
         for name, instance in known.items():
-            if instance.host == host and name not in names | newer:
+            if instance.host == host and name not in names | newer and not self._is_claimed(name):
                 self.forget(name, instance.uuid)
         for instance in present:
             if instance.name not in newer:
                 self.put(instance)
+
+    def _is_claimed(self, name: str) -> bool:
+        with translated():
+            return bool(self.redis.exists(keys.claim(name)))
 
     # --- snapshots -----------------------------------------------------------------------------------------------
 
@@ -197,7 +210,7 @@ class Registry:
         with translated():
             found = cast("str | None", self.redis.hget(keys.SNAPSHOTS, snapshot))
         if found is None:
-            self._require_settled(f"snapshot {snapshot!r}")
+            self.require_settled(f"snapshot {snapshot!r}")
             raise SnapshotNotFound(f"snapshot: no snapshot {snapshot!r} is known", field="snapshot", given=snapshot)
         return SnapshotEntry.model_validate_json(found)
 

@@ -77,9 +77,11 @@ class NewInstance(Request):
     host: Name
 
     def target(self, fleet: Registry, operation_id: str) -> Target:
-        """The host must be known and the name free."""
+        """The host must be known and the name free, also on hosts that Redis has just forgotten."""
         fleet.require_host(self.host)
         taken = fleet.find(self.name)
+        if not taken:
+            fleet.require_settled(f"an instance {self.name!r}")
         if taken:
             raise InstanceExists(
                 f"name: {self.name!r} is taken by instance {taken.uuid} on host {taken.host}",
