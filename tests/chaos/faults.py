@@ -100,6 +100,7 @@ def _stop_worker(site: Site, host: str, kind: WorkerKind) -> None:
 
 def kill_pool_child(site: Site, target: Target) -> None:
     for pid in site.workers[target.host, "disk"].children():
+        site.supervisor.expect(pid)
         kill9(pid)
         site.supervisor.died(pid)
 

@@ -17,18 +17,20 @@ from uuid import uuid4
 
 import libvirt
 import libvirt_qemu
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from tests.chaos import scenarios
 from tests.chaos.scenarios import Ground, Scenario, Whereabouts
 from tests.conftest import settings
 from tests.lab import Fleet, LabError, LabHost, guest_image, wait_until
 from tests.lab.fleet import KINDS, WorkerKind
-from tests.lab.process import Process
+from tests.lab.process import Process, running
 from worker.app import SHARED_QUEUE, app
 from worker.client import Fleet as Client
 from worker.context import Alone
 from worker.engine.kinds import kind_of
 from worker.engine.record import Record, State
+from worker.errors import BrokerUnavailable
 from worker.images import snapshots
 from worker.images.checksum import checksum_of
 from worker.images.layout import DataDir
@@ -117,6 +119,7 @@ class Supervisor(threading.Thread):
         self._unexpected = 0
         self._workers = workers
         self._expected: set[int] = set()
+        self._pooled: set[int] = set()
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -124,6 +127,16 @@ class Supervisor(threading.Thread):
             for worker in self._workers:
                 if not worker.alive:
                     self._again(worker)
+            self._look_at_pools()
+
+    def _look_at_pools(self) -> None:
+        """A process of a pool may die by itself, as libvirt's client can crash: its worker has another one then."""
+        pools = [worker for worker in self._workers if "disk" in worker.argv and worker.alive]
+        for child in self._pooled:
+            if not running(child) and child not in {*self.deaths, *self._expected}:
+                self._unexpected += 1
+                self.died(child)
+        self._pooled = {child for worker in pools for child in worker.children()}
 
     def stop(self) -> None:
         self._ended.set()
@@ -301,8 +314,14 @@ class Site:
         return record
 
     def submit(self, task: str, **arguments: Any) -> str:
-        """Have the fleet accept a request; the operation's id."""
-        return self.client.submit(kind_of(task).request.model_validate(arguments)).id
+        """Have the fleet accept a request; the operation's id. Asks again while hosts are joining, as schedulers do."""
+        request = kind_of(task).request.model_validate(arguments)
+        return Retrying(
+            retry=retry_if_exception_type(BrokerUnavailable),
+            wait=wait_fixed(0.5),
+            stop=stop_after_delay(60),
+            reraise=True,
+        )(self.client.submit, request).id
 
     def wait_serving(self) -> None:
         """Wait until Redis has heard of the workers that run now, and of the guests."""
