@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -13,6 +13,7 @@ from celery.result import AsyncResult
 from tasks.hosts import sync_host
 from worker.app import app, host_queue
 from worker.compute import doctor, survey
+from worker.compute.doctor import leftovers
 from worker.compute.local import LocalHost
 from worker.engine import checkup, strays
 from worker.engine.answers import await_end
@@ -71,8 +72,17 @@ def examine_fleet(hosts: Sequence[str], *, fix: bool, timeout: float) -> list[Fi
 def _examine(host: str, *, fix: bool) -> list[Finding]:
     book = journal()
     local = LocalHost(host, get_settings())
-    suspects = chain([checkup.clock(book)], _look(local), _registered(local))
+    suspects = chain([checkup.clock(book)], _knowing_others(_look(local), host), _registered(local))
     return settle(suspects, partial(strays.owners, book), fix=fix, host=host)
+
+
+def _knowing_others(suspects: Iterable[Suspect], host: str) -> Iterator[Suspect]:
+    """Hosts may share their storage, and each of them sees the files of the others' instances."""
+    others = {str(one.uuid): one for one in registry().instances() if one.host != host}
+    for one in suspects:
+        there = next((others[uuid] for uuid in one.owners if uuid in others), None)
+        is_without_domain = one.finding.code == leftovers.FILES_WITHOUT_DOMAIN
+        yield leftovers.elsewhere(one, there.host, there.name) if there and is_without_domain else one
 
 
 def _look(local: LocalHost) -> Iterator[Suspect]:

@@ -57,6 +57,11 @@ def test_confirm_keeps_the_one_copy(lab: Lab) -> None:
     assert where(lab, "confirmed") == {"hosta": None, "hostb": True}
     assert lab.instances()["confirmed"]["move"]["shared"] is True
     lab.done("confirm", instance="confirmed")
+    found = {one["where"]: one for one in lab.run("doctor", "--json").record["findings"]}
+    told = found[str(folder)]
+    assert (told["code"], told["severity"]) == ("files_of_another_host", "info")
+    assert "is on host hostb" in told["what"]
+    assert "rm " not in told["remedy"], "its guest runs on these very files"
     assert where(lab, "confirmed") == {"hosta": None, "hostb": True}
     assert inodes(folder) == before
     assert not list(folder.glob(".handover.*"))

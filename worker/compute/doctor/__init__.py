@@ -44,6 +44,6 @@ def _beside_libvirt(local: LocalHost, *, has_files: bool) -> Iterator[Suspect]:
     with local.libvirt() as host:
         yield from environment.hypervisor(local, host, has_files=has_files)
         everyone = host.guests()
-        yield from leftovers.without_domain(folders, {str(guest.uuid) for guest in everyone})
+        yield from leftovers.without_domain(local, folders, {str(guest.uuid) for guest in everyone})
         for guest in everyone:
             yield from guests.examine(local, guest, has_files=has_files)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
+from worker.compute.departure import counts_here
 from worker.compute.doctor import leftovers
 from worker.compute.local import LocalHost
 from worker.context import Alone
@@ -43,11 +44,26 @@ def examine(local: LocalHost, guest: Guest, *, has_files: bool) -> Iterator[Susp
 def _examine(local: LocalHost, guest: Guest, owner: Owner, *, has_files: bool) -> Iterator[Suspect]:
     owners: list[object] = [guest.uuid, owner.name]
     yield from _transient(local, guest, owners)
+    yield from _not_counting(local, guest, owner, owners)
     yield from _jobs(local, guest, owners)
     yield from _checkpoints(local, guest, owners)
     if has_files and not local.data.aside(guest.uuid).path.exists():
         yield from _missing(guest, owners)
         yield from leftovers.unknown_in(local.data.instance(guest.uuid), guest.files(), owners)
+
+
+def _not_counting(local: LocalHost, guest: Guest, owner: Owner, owners: list[object]) -> Iterator[Suspect]:
+    if not guest.is_active() or counts_here(local, owner.name, str(guest.uuid)):
+        return
+    yield suspect(
+        Severity.ERROR,
+        "runs_where_it_does_not_count",
+        f"domain {guest.name!r} runs here, but by what was noted as it moved the copy on another host counts",
+        where=guest.name,
+        remedy=f"See where it belongs: virtfleet instances. If it runs there, take it off here at once: virsh destroy"
+        f" {guest.name}",
+        owners=owners,
+    )
 
 
 def _transient(local: LocalHost, guest: Guest, owners: list[object]) -> Iterator[Suspect]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from uuid import UUID
 
-from worker.compute.local import LocalHost
+from worker.compute.departure import handover_of
+from worker.compute.local import LocalHost, LocalInstance
 from worker.compute.snapshots.clean import forget
 from worker.findings import Severity, Suspect, suspect
 from worker.images.files import human_size, locked, remove_tree
@@ -20,6 +22,8 @@ PROBE_SECONDS = 60.0
 """A boot disk of a probe that is older than this has been left by one that died."""
 
 REMOVED_WITH_ITS_FOLDER = {".lock"}
+
+FILES_WITHOUT_DOMAIN = "files_without_domain"
 
 
 def temporary(data: DataDir) -> Iterator[Suspect]:
@@ -60,17 +64,17 @@ def folders(data: DataDir) -> list[Path]:
     return sorted(data.instances.iterdir()) if data.instances.is_dir() else []
 
 
-def without_domain(there: Iterable[Path], uuids: set[str]) -> Iterator[Suspect]:
+def without_domain(local: LocalHost, there: Iterable[Path], uuids: set[str]) -> Iterator[Suspect]:
     """Folders of instances that have no domain. Their disks may be the last copy: nothing here removes one."""
     for path in there:
         if path.name not in uuids and path.exists():
-            yield _without_domain(path)
+            yield _without_domain(local, path)
 
 
-def _without_domain(path: Path) -> Suspect:
+def _without_domain(local: LocalHost, path: Path) -> Suspect:
     uuid = path.name.removesuffix(ASIDE)
     if path.is_dir() and path.name.endswith(ASIDE) and _is_uuid(uuid):
-        return _former_copy(path, uuid)
+        return _set_aside(local, path, uuid)
     if not (path.is_dir() and _is_uuid(path.name)):
         what = "no folder of an instance: nothing of the fleet made or uses it"
         remedy = "Move it out of here, or remove it by hand."
@@ -89,16 +93,40 @@ def _without_domain(path: Path) -> Suspect:
     listed = ", ".join(f"{one.name} ({human_size(_size(one))})" for one in held)
     return suspect(
         Severity.WARNING,
-        "files_without_domain",
-        f"no domain uses these files, which may be the last copy of a guest: {listed}",
+        FILES_WITHOUT_DOMAIN,
+        f"no domain of this host uses these files, which may be the last copy of a guest: {listed}",
         where=path,
         remedy=_rescue(path, held),
         owners=[path.name],
     )
 
 
-def _former_copy(path: Path, uuid: str) -> Suspect:
-    """A copy that a migration set aside: while that goes on it is the one that counts."""
+def elsewhere(suspect: Suspect, host: str, instance: str) -> Suspect:
+    """What `without_domain` told of the files of an instance that is on another host."""
+    told = {
+        "code": "files_of_another_host",
+        "severity": Severity.INFO,
+        "what": f"files of instance {instance!r}, which is on host {host}",
+        "remedy": f"If {host} has this folder too, it runs on them: leave them alone. Else they are what is left of a"
+        " move: move them out of here.",
+    }
+    return replace(suspect, finding=suspect.finding.model_copy(update=told))
+
+
+def _set_aside(local: LocalHost, path: Path, uuid: str) -> Suspect:
+    """A copy that a move has set aside. Until that is over it may be the one that counts."""
+    noted = handover_of(LocalInstance(local, uuid, uuid, is_aside=True))
+    if noted is not None and noted.authoritative == local.name:
+        return suspect(
+            Severity.ERROR,
+            "copy_set_aside",
+            f"the copy that counts of an instance that does not run: operation {noted.operation} has set it aside and"
+            f" neither handed it over nor brought it back ({human_size(_size(path))})",
+            where=path,
+            remedy=f"See what stands in the way: virtfleet operation {noted.operation}; remove that, then bring it"
+            f" back: virtfleet operation retry-undo {noted.operation}",
+            owners=[uuid],
+        )
     return suspect(
         Severity.INFO,
         "former_copy",
@@ -110,7 +138,7 @@ def _former_copy(path: Path, uuid: str) -> Suspect:
 
 
 def _rescue(path: Path, held: list[Path]) -> str:
-    drop = f"If nobody needs them, remove them by hand: rm -r {path}"
+    drop = f"If nobody needs them, and no other host has this folder, remove them by hand: rm -r {path}"
     root = next((one for one in held if one.stem == "root"), None)
     if root is None:
         return drop
