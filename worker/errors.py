@@ -95,6 +95,12 @@ class HandedOver(Retryable):
     code = "handed_over"
 
 
+class NotItsTurn(Retryable):
+    """What the step needs is taken by other operations, which are served first. It does not count as an attempt."""
+
+    code = "not_its_turn"
+
+
 class JobLost(Retryable):
     """A job in the guest is gone, and nobody can say how it ended; it is begun anew."""
 
@@ -353,7 +359,7 @@ class Cancelled(FleetError):
 
 
 class BrokerUnavailable(FleetError):
-    """Redis does not answer. Nothing was accepted."""
+    """Redis does not answer, or has just lost what it knew. Nothing was accepted."""
 
     code = "broker_unavailable"
     default_hint = "Check that Redis runs and that VIRTFLEET_REDIS_URL points to it."

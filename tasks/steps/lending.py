@@ -12,6 +12,16 @@ LEND_RETRIES = Retries(attempts=10_000, first_pause=1.0, longest_pause=5.0)
 """Who has no slot to lend in looks again every few seconds: those who fetch say when it takes too long."""
 
 
+def lender_waits(ctx: StepContext) -> bool:
+    """Whether who lends what this step fetches waits for a slot, behind other operations' copies."""
+    beside = next(stage for stage in ctx.record.stages if ctx.plan in stage)
+    try:
+        steps = journal().read(ctx.operation).steps
+    except (BrokerUnavailable, OperationNotFound):
+        return False
+    return any(steps[plan.key].state is StepState.RETRY for plan in beside if plan.host != ctx.host)
+
+
 def are_fetched(ctx: StepContext) -> bool:
     """Whether all the steps on the other host are done that run beside this one."""
     beside = next(stage for stage in ctx.record.stages if ctx.plan in stage)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from tasks.steps.confirmation import confirm_when_due
-from tasks.steps.lending import LEND_RETRIES, are_fetched
+from tasks.steps.lending import LEND_RETRIES, are_fetched, lender_waits
 from tasks.steps.local import local_host, local_instance, register
 from tasks.steps.power import shut_down_for
 from worker.compute import arrival, cargo, departure, provision
@@ -197,7 +198,8 @@ def _handover(ctx: StepContext, request: MigrateRequest, phase: Literal["moving"
 
 def _how(ctx: StepContext, request: MigrateRequest) -> Copying:
     transport = ctx.record.details.get("transport", "ssh")
-    return cargo.copying(local_host(ctx), transport, ctx.operation, request.bandwidth_mib)
+    how = cargo.copying(local_host(ctx), transport, ctx.operation, request.bandwidth_mib)
+    return replace(how, lender_waits=partial(lender_waits, ctx))
 
 
 def _part(ctx: StepContext) -> str:

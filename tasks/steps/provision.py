@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tasks.steps.lending import LEND_RETRIES, are_fetched
+from tasks.steps.lending import LEND_RETRIES, are_fetched, lender_waits
 from tasks.steps.local import local_host, local_instance, register
 from worker.compute import cargo, provision
 from worker.compute.local import LocalInstance
@@ -46,7 +47,8 @@ def _elsewhere(ctx: StepContext) -> Elsewhere:
 def _how(ctx: StepContext) -> Copying:
     # Not by operation: of several on one host one fetches and the others wait, whose lenders may have all the slots.
     session = f"{_elsewhere(ctx).id}@{ctx.record.host}"
-    return cargo.copying(local_host(ctx), ctx.record.details["transport"], session)
+    how = cargo.copying(local_host(ctx), ctx.record.details["transport"], session)
+    return replace(how, lender_waits=partial(lender_waits, ctx))
 
 
 @step("create_disks", queue="disk")

@@ -26,7 +26,7 @@ from worker.engine.step import Retries, step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
 from worker.engine.worker import run_worker
-from worker.errors import HostUnreachable, InvalidSpec, InvalidState, NoSpace
+from worker.errors import HostUnreachable, InvalidSpec, InvalidState, NoSpace, NotItsTurn
 from worker.models import Name
 
 HOST = "h1"
@@ -126,6 +126,16 @@ def flaky(ctx: StepContext, request: Asked) -> int:
     with noted(ctx):
         if ctx.lease.attempt < 3:
             raise HostUnreachable("not yet")
+        return ctx.lease.attempt
+
+
+@step("test.queueing", queue="control", retries=Retries(attempts=2, first_pause=0.1, longest_pause=0.1))
+def queueing(ctx: StepContext, request: Asked) -> int:
+    """Others are served first: more often than it may be tried."""
+    with noted(ctx):
+        turns = Path(request.log).read_text().count('"what": "begin"')
+        if turns < 5:
+            raise NotItsTurn("not yet")
         return ctx.lease.attempt
 
 
@@ -248,6 +258,14 @@ class FlakyRequest(Asked): ...
 @operation("test.flaky_only", FlakyRequest)
 def flaking(op: Operation[FlakyRequest]) -> Canvas:
     return flaky.on(op)
+
+
+class QueueingRequest(Asked): ...
+
+
+@operation("test.queueing_only", QueueingRequest)
+def queueing_up(op: Operation[QueueingRequest]) -> Canvas:
+    return queueing.on(op)
 
 
 class PutOffRequest(Asked): ...

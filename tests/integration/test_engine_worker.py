@@ -75,6 +75,11 @@ def test_a_retryable_failure_is_tried_again_later(fleet: EngineFleet, events: Ev
     assert begins[2] - begins[1] > 0.3, "the pause doubles"
 
 
+def test_who_waits_for_its_turn_spends_no_attempts(fleet: EngineFleet, events: Events) -> None:
+    record = fleet.run(asked(tasks.QueueingRequest, events))
+    assert (record.state, record.result, len(events.lines("begin"))) == (State.SUCCEEDED, 1, 5)
+
+
 # --- failing ------------------------------------------------------------------------------------------------------
 
 

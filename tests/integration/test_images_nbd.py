@@ -233,5 +233,5 @@ def test_a_limit_on_the_rate_is_kept(host: LabHost, peer: Peer, how: Nbd, source
         fetch(peer, source, tmp_path / "fast", how)
         began = time.monotonic()
         total = source.stat().st_size
-        nbd.fetch(peer, source, tmp_path / "slow", how, Alone(), total=total, stall=20, bandwidth=32 * MIB)
+        nbd.fetch(peer, source, tmp_path / "slow", how, Alone(), total=total, stall=20, bandwidth=8 * MIB)
     assert 1.8 < time.monotonic() - began < 6

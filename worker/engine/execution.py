@@ -32,6 +32,7 @@ from worker.errors import (
     HandedOver,
     InternalError,
     InvalidState,
+    NotItsTurn,
     NotOurs,
     WorkerLost,
 )
@@ -129,7 +130,7 @@ def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
             result = made.run(ctx)
         ctx.flush()
         return Ending("done", result)
-    except HandedOver as error:
+    except (HandedOver, NotItsTurn) as error:
         return Ending("retry", error=error)
     except FleetError as error:
         return Ending("retry" if ctx.lease.attempt < _attempts(made, ctx, error) else "failed", error=error)
@@ -159,8 +160,9 @@ def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeepe
         patiently(book.outgrow, error.details["current_fence"])
     fields = {"result": ending.result} if error is None else {"error": _told(error, made, ctx)}
     pause = made.retries.pause(lease.attempt) if ending.outcome == "retry" else ctx.settings.publish_grace
-    if isinstance(error, HandedOver):
-        pause, fields = 0.0, {**fields, "attempt": lease.attempt - 1}
+    if isinstance(error, HandedOver | NotItsTurn):
+        pause = 0.0 if isinstance(error, HandedOver) else pause
+        fields |= {"attempt": lease.attempt - 1}
     verdict = _verdict(ctx, book, error) if error and ending.outcome == "failed" else None
 
     def commit() -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worker.context import Watcher
-from worker.errors import CommandFailed, ConnectionMisconfigured, FleetError, TransferInterrupted
+from worker.errors import CommandFailed, ConnectionMisconfigured, FleetError, NotItsTurn, TransferInterrupted
 from worker.images.checksum import BLOCK, combined, sum_of_block, sum_of_hole
 from worker.images.command import Command, run
 from worker.images.files import human_size, locked, out_of_space_is_an_error
@@ -26,6 +26,7 @@ _AT_ONCE = 16  # reads of a block each under way on a connection
 _WAITING = 8  # pieces that may wait for the disk
 _SUM = 32  # bytes
 _LOOK_AGAIN = 0.5  # seconds
+_WITHOUT_TURN = 5.0  # seconds
 HINT = (
     "VIRTFLEET_NBD_TLS_DIR must hold what libvirt needs for migration over TLS: ca-cert.pem, server-cert.pem, "
     "server-key.pem, client-cert.pem, client-key.pem (qemu(1), TLS); plain connections need VIRTFLEET_NBD_PLAIN=1."
@@ -117,12 +118,14 @@ def fetch(
     total: int,
     stall: float,
     bandwidth: int | None = None,
+    waits: Callable[[], bool] = lambda: False,
 ) -> str:
     """Copy `source` of another host, of `total` bytes, to `target`, and return its checksum.
 
     What is there already and still is what arrived is kept; the sums of its blocks lie beside it. Each block is
     read back from the file, so that the checksum is that of the file; holes stay holes.
-    Raises TransferInterrupted, ConnectionMisconfigured, NoSpace, InstanceLocked, and what `watch` raises.
+    Raises TransferInterrupted, ConnectionMisconfigured, NoSpace, InstanceLocked, and what `watch` raises; NotItsTurn
+    while who is to lend it `waits` to do so: whoever has the slots there may need the place of this one here.
     """
     lock = target.with_name(f"{target.name}.lock")
     with (
@@ -132,7 +135,9 @@ def fetch(
     ):
         arrived.prove(watch)
         try:
-            with _connected(peer, nbd.export_of(source, peer.data_dir), nbd, watch, stall) as connection:
+            with _connected(
+                peer, nbd.export_of(source, peer.data_dir), nbd, watch, stall=stall, waits=waits
+            ) as connection:
                 _copy(connection, arrived, watch, bandwidth)
         except NbdError as error:
             raise TransferInterrupted(
@@ -158,19 +163,20 @@ def _copy(connection: Connection, arrived: _Arrived, watch: Watcher, bandwidth: 
 def _copy_blocks(connection: Connection, arrived: _Arrived, watch: Watcher, *, bandwidth: int | None) -> None:
     """Keep as many reads under way as the link and the server can use, and take in what comes, in any order."""
     offsets = iter(range(arrived.done, arrived.total, BLOCK))
-    began, before = time.monotonic(), arrived.done
+    began, travelled = time.monotonic(), 0
     for offset in itertools.islice(offsets, _AT_ONCE):
         connection.ask(offset, arrived.length_at(offset, connection.size))
     while arrived.done < arrived.total:
         piece = connection.answer()
         arrived.take_in(piece)
+        travelled += len(piece.data or b"")
         if not piece.done:
             continue
         for offset in itertools.islice(offsets, 1):
             connection.ask(offset, arrived.length_at(offset, connection.size))
         watch.progress(arrived.done, arrived.total, "copying")
         if bandwidth:
-            _wait_until(began + (arrived.done - before) / bandwidth, watch)
+            _wait_until(began + travelled / bandwidth, watch)
 
 
 def _wait_until(moment: float, watch: Watcher) -> None:
@@ -180,12 +186,17 @@ def _wait_until(moment: float, watch: Watcher) -> None:
 
 
 @contextmanager
-def _connected(peer: Peer, export: str, nbd: Nbd, watch: Watcher, stall: float) -> Iterator[Connection]:
+def _connected(
+    peer: Peer, export: str, nbd: Nbd, watch: Watcher, *, stall: float, waits: Callable[[], bool]
+) -> Iterator[Connection]:
     """A connection to the export, on whichever port it is lent; waited for as long as the other host may rest."""
-    deadline, tls = time.monotonic() + stall, nbd.client()
+    began, tls = time.monotonic(), nbd.client()
     while (found := _find(peer, export, nbd, tls, watch.check, stall=stall)) is None:
         watch.progress(0, None, f"waiting until host {peer.name} lends {export.rpartition('/')[2]}")
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > _WITHOUT_TURN and waits():
+            raise NotItsTurn(f"host {peer.name} lends {export} once a slot for outgoing copies is free there")
+        if waited > stall:
             raise TransferInterrupted(
                 f"host {peer.name} ({peer.address}) does not lend {export} on any port from {nbd.ports[0]}"
                 f" to {nbd.ports[-1]}",

@@ -64,7 +64,7 @@ class Ssh:
 class Copying:
     """How a host copies: over which link, how many at a time, bytes per second per copy, seconds it may rest.
 
-    Over ssh, unless `nbd` is given.
+    Over ssh, unless `nbd` is given. Then `lender_waits` tells whether who lends the files only waits for its turn.
     """
 
     ssh: Ssh
@@ -73,6 +73,7 @@ class Copying:
     stall: float
     bandwidth: int | None = None
     nbd: Nbd | None = None
+    lender_waits: Callable[[], bool] = lambda: False
 
 
 def reach(peer: Peer, copying: Copying, watch: Watcher) -> None:
@@ -102,7 +103,10 @@ def bring(peer: Peer, source: Path, target: Path, copying: Copying, watch: Watch
     with _slot(copying, watch) as slot:
         if copying.nbd:
             stall, bandwidth = copying.stall, copying.bandwidth
-            return nbd.fetch(peer, source, target, copying.nbd, watch, total=total, stall=stall, bandwidth=bandwidth)
+            waits = copying.lender_waits
+            return nbd.fetch(
+                peer, source, target, copying.nbd, watch, total=total, stall=stall, bandwidth=bandwidth, waits=waits
+            )
         _rsync(peer, source, target, copying, watch, total=total, slot=slot)
     return None
 
