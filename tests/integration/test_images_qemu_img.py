@@ -75,6 +75,23 @@ def test_header_a_guest_wrote_into_a_raw_base_is_not_obeyed(tmp_path: Path) -> N
     assert qemu_img.info(disk, "raw").backing_file is None
 
 
+@pytest.mark.parametrize("size", [32, 128])
+def test_a_bitmap_that_a_killed_qemu_left_in_use_does_not_keep_the_size(base: Path, size: int) -> None:
+    subprocess.run(["qemu-img", "bitmap", "--add", "-f", "qcow2", str(base), "used"], check=True)
+    with subprocess.Popen(["qemu-io", "-f", "qcow2", str(base)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as qemu:
+        assert qemu.stdin
+        assert qemu.stdout
+        qemu.stdin.write(b"write -P 9 12M 64k\nflush\n")
+        qemu.stdin.flush()
+        assert b"wrote" in qemu.stdout.readline() + qemu.stdout.readline()
+        qemu.kill()
+    change = qemu_img.resize if size > 64 else qemu_img.shrink
+    change(base, "qcow2", size * MIB)
+    assert qemu_img.info(base, "qcow2").virtual_size == size * MIB
+    assert reads(base, "qcow2", 9, "12M", "64k")
+    assert reads(base, "qcow2", 7, "1M", "8M")
+
+
 def test_convert_flattens_the_chain_and_reports_bytes(base: Path, tmp_path: Path) -> None:
     overlay, flat, watch = tmp_path / "root.qcow2", tmp_path / "flat.qcow2", Alone()
     qemu_img.create_overlay(overlay, base, "qcow2", 64 * MIB)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from worker.context import Watcher
-from worker.errors import InternalError, InvalidState
+from worker.errors import CommandFailed, InternalError, InvalidState
 from worker.images.command import Command, Progress, run
 from worker.models import GIB, DiskFormat
 
@@ -76,12 +76,36 @@ def create_overlay(path: Path, backing: Path, backing_format: DiskFormat, size: 
 
 def resize(path: Path, fmt: DiskFormat, size: int) -> None:
     """Grow an image that no guest has open to `size` bytes; never shrinks. Raises CommandFailed, NoSpace."""
-    _run("resize", "-q", "-f", fmt, _safe(path), str(size), output=path)
+    _resize(path, fmt, size)
 
 
 def shrink(path: Path, fmt: DiskFormat, size: int) -> None:
     """Cut an image to `size` bytes, and what lies beyond is gone. Raises CommandFailed."""
-    _run("resize", "-q", "--shrink", "-f", fmt, _safe(path), str(size), output=path)
+    _resize(path, fmt, size, "--shrink")
+
+
+def _resize(path: Path, fmt: DiskFormat, size: int, *options: str) -> None:
+    def resize() -> None:
+        _run("resize", "-q", *options, "-f", fmt, _safe(path), str(size), output=path)
+
+    try:
+        resize()
+    except CommandFailed as error:
+        if "is inconsistent" not in error.message:
+            raise
+        _remove_broken_bitmaps(path)
+        resize()
+
+
+def _remove_broken_bitmaps(path: Path) -> None:
+    """Remove the bitmaps that a QEMU that was killed has left in use: they are of no use, and keep the size as it is.
+
+    What changed since a snapshot is not known any more, so the next incremental one is full, and says so.
+    """
+    specific = _look(path, "-f", "qcow2").get("format-specific", {}).get("data", {})
+    for bitmap in specific.get("bitmaps", ()):
+        if "in-use" in bitmap["flags"]:
+            _run("bitmap", "--remove", "-f", "qcow2", _safe(path), bitmap["name"])
 
 
 def convert(
