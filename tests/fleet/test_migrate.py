@@ -100,6 +100,16 @@ def test_a_revert_brings_the_former_copy_back_and_the_other_one_goes(lab: Lab, n
     runs_at_home_as_before(lab, name, uuid, before)
 
 
+def test_a_revert_waits_for_the_boot_that_it_begins(lab: Lab, name: str) -> None:
+    """The former copy comes back with the log of its earlier boots."""
+    uuid = lab.spawn(name, "hosta")
+    lab.done("migrate", instance=name, to="hostb", **FORCE)
+    ready = ("--wait-for", "console", "--console-line", "told")
+    lab.succeed("migration", "revert", name, "--timeout", "0", *ready)
+    assert lab.boots("hosta", uuid) == 1
+    assert "told" in (lab.folder("hosta", uuid) / "console.log.former").read_text(errors="replace")
+
+
 @pytest.mark.thorough
 def test_a_revert_leaves_a_changed_former_copy_alone(lab: Lab, name: str) -> None:
     uuid = idle(lab, name)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import libvirt
 import pytest
 
 from tests.fleet.conftest import Spawn
-from tests.fleet.parts import Commands, Record, Scheduler, domains, libvirt_of, virsh
+from tests.fleet.parts import Commands, Record, Scheduler, domains, libvirt_of, snapshots, virsh
 from tests.lab import LabHost, wait_until
-from worker.compute import power
+from worker.compute import power, provision
 from worker.compute.local import LocalHost, LocalInstance
 from worker.compute.power import BY_FORCE, Patience
+from worker.compute.snapshots import clean
 from worker.context import Alone
 from worker.errors import Cancelled, FencedOff
 from worker.settings import Settings
@@ -230,6 +232,26 @@ def test_a_guest_that_takes_its_time_to_shut_down_is_started_again_after_a_cance
         assert scheduler.call("power_off", instance=record["instance"], timeout=0)["state"] == "succeeded"
         wait_until(lambda: not list((host.data / "comebacks").iterdir()), 20, "it is somebody else's now")
         assert state_of(host, record["instance"]) == "shut off"
+
+
+class TooLate(Alone):
+    """A step that is told to stop before it does what nobody can take back."""
+
+    def make_irrevocable(self) -> None:
+        raise Cancelled("asked to stop")
+
+
+def test_who_is_cancelled_before_the_first_thing_goes_has_lost_nothing(
+    host: LabHost, spawn: Spawn, snapshot: Spawn
+) -> None:
+    record = spawn()
+    taken = snapshot(record["instance"])
+    instance, fence = on_host(host, record), int(time.time() * 1e6)
+    for remove in (provision.destroy, partial(clean.delete, snapshot=taken["id"])):
+        with pytest.raises(Cancelled):
+            remove(instance, ctx=TooLate("op-too-late", fence))
+    assert state_of(host, record["instance"]) == "running"
+    assert (instance.folder.root("qcow2").exists(), [one.id for one in snapshots(host)]) == (True, [taken["id"]])
 
 
 class Overtaken(Alone):

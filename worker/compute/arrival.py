@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from worker.compute import accel, disks
 from worker.compute.cargo import Cargo, Part, discard_arriving
 from worker.compute.departure import Departure, Handover, handover_of, note
@@ -32,7 +34,7 @@ from worker.errors import (
 from worker.images import qemu_img, remote
 from worker.images.checksum import checksum_of, is_current
 from worker.images.files import locked, publish, replace_json, size_of
-from worker.images.layout import DataDir
+from worker.images.layout import DataDir, InstanceDir
 from worker.images.remote import Copying
 from worker.images.reserve import Ledger
 from worker.images.swap import make_swap
@@ -182,6 +184,7 @@ def bring_base(local: LocalHost, departure: Departure, image: str, peer: Peer, c
     name = departure.base or ""
     cache, sha256 = image_cache(local), name.partition(".")[0]
     if cache.find(sha256) is not None:
+        discard_arriving(local, sha256, ctx)
         return Base(name=name, notes=("the base image was here",))
     notes = []
     try:
@@ -289,21 +292,30 @@ def define(instance: LocalInstance, handover: Handover, ctx: Context) -> None:
 
 
 def remove_arrived_domain(instance: LocalInstance, ctx: Context) -> None:
-    """Take the domain from this host; its files stay."""
-    if instance.folder.path.exists():
-        remove_domain(instance, ctx)
-        note(instance, None)
+    """Take the domain from this host, also where its folder is not to be seen; its files stay."""
+    remove_domain(instance, ctx)
+    note(instance, None)
 
 
 def start(instance: LocalInstance, departure: Departure, ctx: Context) -> PowerState:
     """Start the guest if it ran at home; its power state then."""
-    with instance.owned(ctx), instance.local.libvirt() as host:
+    with instance.owned(ctx) as folder, instance.local.libvirt() as host:
         guest = host.guest(instance.uuid)
         guest.claim(instance.owner(ctx))
         if departure.power in (PowerState.RUNNING, PowerState.PAUSED):
             ctx.check()
+            if not guest.is_active():
+                _begin_console_anew(folder)
             guest.start(paused=departure.power is PowerState.PAUSED)
         return guest.power()
+
+
+def _begin_console_anew(folder: InstanceDir) -> None:
+    """Who waits for a line must not find that of an earlier boot, in the log of a copy that comes back or is shared."""
+    with suppress(FileNotFoundError):
+        folder.console_log.rename(folder.former_console_log)
+    for older in folder.path.glob(f"{folder.console_log.name}.[0-9]*"):  # virtlogd's
+        older.unlink()
 
 
 def take_over(instance: LocalInstance, handover: Handover, ctx: Context) -> PowerState:
@@ -317,22 +329,31 @@ def take_over(instance: LocalInstance, handover: Handover, ctx: Context) -> Powe
 
 
 def prove_here(instance: LocalInstance, migration: str, ctx: Context) -> Handover:
-    """Make sure that this host has the copy that counts: its domain, all its files, sound. Raises `InvalidState`."""
+    """Make sure that this host has the copy that counts: its domain, its files, and its base. Raises `InvalidState`.
+
+    Their content was compared as they arrived; since then the guest has changed it.
+    """
     handover = handover_of(instance)
     came_here = handover is not None and (handover.operation, handover.phase) == (migration, "moved")
     if handover is None or not came_here or handover.authoritative != instance.local.name:
         raise InvalidState(f"host {instance.local.name} does not hold {instance.name} from migration {migration}")
     with instance.owned(ctx) as folder, instance.local.libvirt() as host:
         guest = host.guest(instance.uuid)
-        missing = [path for path in guest.disk_paths().values() if not path.exists()]
-        if missing or not set(handover.departure.files) <= set(folder.files()):
-            raise InvalidState(f"{instance.name} lacks files on host {instance.local.name}: {missing}")
+        wanted = {*guest.files(), *(folder.path / name for name in handover.departure.files)}
+        backing = disks.root(folder).backing
+        missing = sorted(str(path) for path in {*wanted, *([backing] if backing else [])} if not path.exists())
+        if missing:
+            raise InvalidState(
+                f"{instance.name} lacks files on host {instance.local.name}: {', '.join(missing)}",
+                hint=f"Bring them back, or go back to the former copy: virtfleet migration revert {instance.name}",
+            )
         return handover
 
 
 def settle(instance: LocalInstance, ctx: Context) -> PowerState:
     """The move is over: nothing is noted of it any more."""
     with instance.owned(ctx) as folder, instance.local.libvirt() as host:
+        ctx.make_irrevocable()
         for handover in folder.handovers():
             handover.unlink()
         return host.guest(instance.uuid).power()

@@ -38,10 +38,10 @@ class Comeback(Frozen):
 def expect(instance: LocalInstance, ctx: Context) -> None:
     """Have a running guest, which is marked as this operation's, started again should it go off in a while."""
     noted = Comeback(name=instance.name, uuid=instance.uuid, operation=ctx.operation, until=time.time() + LINGERS)
-    folder = instance.local.data.comebacks
+    path = instance.local.data.comeback(instance.local.name, instance.uuid)
     try:
-        folder.mkdir(exist_ok=True)
-        write_text_durably(folder / f"{instance.uuid}.json", noted.model_dump_json(), 0o600)
+        path.parent.mkdir(exist_ok=True)
+        write_text_durably(path, noted.model_dump_json(), 0o600)
     except (NoSpace, OSError) as error:  # what it is cancelled for must not hang on this
         log.error("nobody starts the guest again should it go off", instance=instance.name, error=str(error))  # noqa: TRY400
 
@@ -54,7 +54,7 @@ class ComebackWatch(HostWatch):
 
     def look(self, host: LocalHost) -> None:
         """Start every guest that went off, and forget those that are not to come back any more."""
-        for path in host.data.comebacks.glob("*.json"):
+        for path in host.data.comebacks.glob(f"*.{host.name}.json"):
             try:
                 noted = Comeback.model_validate_json(path.read_text())
                 settled = time.time() > noted.until or _is_settled(host, noted)

@@ -160,8 +160,9 @@ def set_aside(instance: LocalInstance, handover: Handover, ctx: Context) -> None
                 raise InvalidState(
                     f"{instance.name} is {guest.power()}: it cannot be set aside", hint="Who started it?"
                 )
-        _keep_note_of_before(instance, handover)
-        note(instance, handover)  # before anything changes: it says what the domain was
+        note(
+            instance, _keeping_note_of_before(instance, handover)
+        )  # before anything changes: it says what the domain was
         if guest is not None:
             guest.set_autostart(enabled=False)
         folder.probe(ctx.operation).unlink(missing_ok=True)
@@ -221,10 +222,12 @@ def note(instance: LocalInstance, handover: Handover | None) -> None:
         write_text_durably(path, handover.model_dump_json(), 0o600)
 
 
-def _keep_note_of_before(instance: LocalInstance, handover: Handover) -> None:
+def _keeping_note_of_before(instance: LocalInstance, handover: Handover) -> Handover:
     noted = handover_of(instance)
     if noted is None or noted.operation != handover.operation:
         keep_former(_note_of(instance))
+        return handover
+    return handover.model_copy(update={"former": noted.former})  # this operation has been here before
 
 
 def _note_of(instance: LocalInstance) -> Path:
@@ -303,10 +306,12 @@ def remove_aside(instance: LocalInstance, migration: str, ctx: Context) -> bool:
     folder = instance.aside.folder
     handover = handover_of(instance.aside)
     if handover is None and not folder.spec.exists():
+        _remove_rest(instance)
         return False
     if handover is None or handover.operation != migration or handover.authoritative == instance.local.name:
         raise InvalidState(f"{folder.path} is not from migration {migration}: it is left alone")
-    ctx.make_irrevocable()
+    with instance.aside.owned(ctx), instance.local.libvirt():  # both can be had: nobody is kept waiting from now on
+        ctx.make_irrevocable()
     remove_domain(instance.aside, ctx)
     with instance.aside.owned(ctx):
         for path in set(folder.path.iterdir()) - {*folder.handovers(), folder.lock}:
@@ -314,3 +319,10 @@ def remove_aside(instance: LocalInstance, migration: str, ctx: Context) -> bool:
         remove_tree(folder.path, instance.local.data.instances)
     log.info("removed the copy that was set aside", instance=instance.name, path=str(folder.path))
     return True
+
+
+def _remove_rest(instance: LocalInstance) -> None:
+    """Remove the folder that one who died had all but removed: its note had gone already."""
+    folder = instance.aside.folder
+    if folder.path.exists() and not folder.files():
+        remove_tree(folder.path, instance.local.data.instances)

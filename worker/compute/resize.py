@@ -1,8 +1,9 @@
 """Resize on the same host: a stopped guest gets other sizes, and can get its old ones back until it has run with them.
 
 What the instance was lies beside its disks (`.before-resize.json`) from before the first change until the guest has
-been started with the new sizes, its CPUs still stopped. As long as that file is there nothing in the guest has seen a
-new disk, so shrinking it again loses nothing; once it is gone, there is nothing to take back.
+been started with the new sizes, its CPUs still stopped; so do its former spec and swap disk (`*.former`). As long as
+that file is there nothing in the guest has seen a new disk, so shrinking it again loses nothing; once it is gone, there
+is nothing to take back.
 """
 
 from __future__ import annotations
@@ -178,6 +179,8 @@ def revert(instance: LocalInstance, ctx: Context) -> None:
     """Give the guest its old sizes and definition back, unless it has run with the new ones."""
     with instance.owned(ctx) as folder, instance.local.libvirt() as host:
         before = _remembered(folder)
+        if before is None:
+            folder.forget_before_resize()  # it had only begun to put down what the instance is
         if before is None or before.operation != ctx.operation:
             log.info("nothing to take back: the guest has its old sizes, or runs with the new ones", uuid=instance.uuid)
             return
@@ -191,7 +194,7 @@ def revert(instance: LocalInstance, ctx: Context) -> None:
             folder.forget_before_resize()
             return
         _restore_disks(folder, before, ctx)
-        if not bring_back_former(folder.spec):
+        if not bring_back_former(folder.spec) and require_spec(instance) != before.spec:
             replace_json(folder.spec, {"spec": before.spec.model_dump(mode="json"), "operation": ctx.operation})
         host.restore(before.xml, instance.owner(ctx))
         folder.forget_before_resize()

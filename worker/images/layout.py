@@ -63,6 +63,11 @@ class InstanceDir:
         return self.path / "console.log"
 
     @property
+    def former_console_log(self) -> Path:
+        """What it wrote before it left this host, where it has come back to."""
+        return self.path / "console.log.former"
+
+    @property
     def spec(self) -> Path:
         """What the instance is made of."""
         return self.path / "instance.json"
@@ -200,6 +205,10 @@ class DataDir:
     def comebacks(self) -> Path:
         """Notes of guests that are to be started again should they go off."""
         return self.root / "comebacks"
+
+    def comeback(self, host: str, uuid: str) -> Path:
+        """The note of a guest on `host`: several hosts may have this folder."""
+        return self.comebacks / f"{uuid}.{host}.json"
 
     def create(self) -> DataDir:
         """Make the folders that are not there; each can be traversed by QEMU's user."""
