@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import structlog
 from pydantic import ValidationError
 
-from worker.errors import InvalidSpec, SnapshotInUse, SnapshotNotFound
+from worker.context import Watcher
+from worker.errors import InvalidSpec, SnapshotDamaged, SnapshotInUse, SnapshotNotFound
+from worker.images.checksum import checksum_of
 from worker.images.files import publish_folder, remove_tree, size_of, write_text_durably
 from worker.images.layout import DataDir, SnapshotDir
 from worker.models import RootFile, Snapshot, SnapshotDisk, SnapshotEntry
@@ -66,6 +68,22 @@ def no_root_disk(snapshot: str, disks: Sequence[str]) -> InvalidSpec:
 def used_by(data: DataDir, snapshot: str) -> list[str]:
     """Ids of the snapshots that hold only what changed since this one."""
     return [one.id for one in every(data) if any(disk.backing == snapshot for disk in one.disks)]
+
+
+def prove(data: DataDir, snapshot: Snapshot, disk: SnapshotDisk, watch: Watcher) -> None:
+    """Make sure that a disk, and all that it builds on, is what it was when it was published. Progress in bytes.
+
+    Raises SnapshotDamaged, SnapshotNotFound.
+    """
+    path = data.snapshot(snapshot.id).path / disk.file
+    if checksum_of(path, watch, like=disk.checksum) != disk.checksum:
+        raise SnapshotDamaged(
+            f"{path} is not what it was when snapshot {snapshot.id} was taken",
+            hint="Look at the host's storage and log; use another snapshot.",
+        )
+    if disk.backing is not None:
+        below = require(data, disk.backing)
+        prove(data, below, next(one for one in below.disks if one.target == disk.target), watch)
 
 
 def publish(data: DataDir, snapshot: Snapshot) -> None:

@@ -19,7 +19,7 @@ from worker.errors import ImageNotFound, ImageRejected, InvalidSpec, SnapshotNot
 from worker.images import qemu_img, snapshots, transfer
 from worker.images.checksum import sha256_of
 from worker.images.files import require_space
-from worker.images.layout import DataDir, SnapshotDir
+from worker.images.layout import DataDir
 from worker.models import Frozen, Snapshot
 
 SNAPSHOT = "snapshot:"
@@ -196,9 +196,9 @@ class WebAddress(Source):
 class SnapshotRoot(Source):
     """The root disk of a published snapshot, with all that it builds on."""
 
-    def __init__(self, snapshot: Snapshot, folder: SnapshotDir) -> None:
+    def __init__(self, snapshot: Snapshot, data: DataDir) -> None:
         super().__init__(f"{SNAPSHOT}{snapshot.id}", f"{SNAPSHOT}{snapshot.id}")
-        self._folder = folder
+        self._data, self._snapshot, self._folder = data, snapshot, data.snapshot(snapshot.id)
         self._disk = snapshots.root_disk(snapshot)
 
     def is_current(self, record: SourceRecord) -> bool:
@@ -212,7 +212,8 @@ class SnapshotRoot(Source):
         limits: Limits,
         watch: Watcher,
     ) -> SourceRecord:
-        """Make one standalone image of it. Raises NoSpace, SnapshotNotFound."""
+        """Make one standalone image of it. Raises NoSpace, SnapshotDamaged, SnapshotNotFound."""
+        snapshots.prove(self._data, self._snapshot, self._disk, watch)
         path, identity = self._folder.path / self._disk.file, self._identity()
         require_space(target.parent, qemu_img.measure(path, self._disk.format, "qcow2"), limits.reserve_bytes)
         target.unlink(missing_ok=True)
@@ -232,7 +233,7 @@ def source_of(image: str, roots: Sequence[Path], data: DataDir) -> Source:
     """The source an image's path, address or `snapshot:ID` stands for. Raises InvalidSpec, SnapshotNotFound."""
     if image.startswith(SNAPSHOT):
         found = snapshots.require(data, image.removeprefix(SNAPSHOT))
-        return SnapshotRoot(found, data.snapshot(found.id))
+        return SnapshotRoot(found, data)
     if image.startswith("/") and "\0" not in image:
         return LocalFile(image, roots)
     if image.lower().startswith(("http://", "https://")):
