@@ -8,7 +8,7 @@ from tasks.steps.local import local_host, local_instance, register
 from worker.compute import provision
 from worker.compute.local import LocalInstance
 from worker.compute.snapshots import clean, cold, extract, holding, live, restore, space
-from worker.engine.step import step
+from worker.engine.step import FINISH_RETRIES, step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
 from worker.images.snapshots import entry_of
@@ -83,9 +83,9 @@ def undo_snapshot(ctx: StepContext, name: str, uuid: str) -> None:
 
 @undoes("thaw_guest")
 def undo_freeze(ctx: StepContext, name: str, uuid: str) -> None:
-    """Thaw the guest's file systems."""
+    """Thaw the guest's file systems, unless that was done: a guest that was reset since has no agent to ask."""
     instance = LocalInstance(local_host(ctx), name, uuid)
-    holding.thaw(instance, instance.local.data.unfinished_snapshot(ctx.operation))
+    holding.let_go(instance, instance.local.data.unfinished_snapshot(ctx.operation))
 
 
 @undoes("resume_guest")
@@ -104,7 +104,7 @@ def undo_save(ctx: StepContext, name: str, uuid: str, power: str) -> None:
 # --- deleting and restoring -------------------------------------------------------------------------------------------
 
 
-@step("delete_snapshot", queue="disk")
+@step("delete_snapshot", queue="disk", retries=FINISH_RETRIES)
 def delete_snapshot(ctx: StepContext, request: SnapshotDeleteRequest) -> Deleted:
     """Delete a published snapshot."""
     ctx.check()

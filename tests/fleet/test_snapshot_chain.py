@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,71 @@ def test_without_its_checkpoint_the_next_one_is_full_and_says_so(host: LabHost, 
     assert [one.parent for one in taken] == [None, None, "second", None]
     assert "full instead of incremental" in taken[1].notes[-1]
     assert "full instead" not in str(taken[3].notes)
+
+
+def test_what_changed_is_not_known_any_more_once_qemu_was_killed(
+    host: LabHost, scheduler: Scheduler, spawn: Spawn, snapshot: Spawn
+) -> None:
+    guest = spawn()
+    name = guest["instance"]
+    assert snapshot(name, incremental=True, operation_id="before-the-kill")["state"] == "succeeded"
+    os.kill(host.qemu_pid(name), signal.SIGKILL)
+    wait_until(lambda: virsh(host, "domstate", name).strip() != "running", 20, "libvirt has noticed")
+    assert scheduler.call("power_on", instance=name)["state"] == "succeeded"
+    record = snapshot(name, incremental=True, operation_id="after-the-kill")
+    assert record["state"] == "succeeded", record["error"]
+    taken = snapshots(host)[-1]
+    assert (taken.id, taken.parent) == ("after-the-kill", None)
+    assert "full instead of incremental" in taken.notes[-1]
+    assert record["steps"][0]["result"] > taken.disks[0].actual_size, "room for a full one was reserved"
+
+
+def test_an_id_that_was_forgotten_does_not_take_it_again(
+    fleet: Fleet, host: LabHost, scheduler: Scheduler, spawn: Spawn, snapshot: Spawn
+) -> None:
+    """Its checkpoint would begin anew, and what changed since would be in no increment."""
+    name = spawn()["instance"]
+    assert snapshot(name, incremental=True, operation_id="once")["state"] == "succeeded"
+    fleet.redis.client().delete("virtfleet:op:once", "virtfleet:op:once:undo")
+    began = virsh(host, "checkpoint-dumpxml", name, "virtfleet.once", "--no-domain")
+    again = snapshot(name, incremental=True, operation_id="once")
+    assert (again["state"], again["error"]["code"]) == ("rejected", "snapshot_exists")
+    assert virsh(host, "checkpoint-dumpxml", name, "virtfleet.once", "--no-domain") == began
+
+
+def test_what_is_restored_can_be_resized_and_what_is_damaged_is_not_restored(
+    host: LabHost, scheduler: Scheduler, spawn: Spawn, snapshot: Spawn
+) -> None:
+    guest = spawn(ephemeral_gib=[1, 2], swap_mib=16)
+    taken = snapshot(guest["instance"], format="raw", disks=["vda", "vdc"])
+    assert taken["state"] == "succeeded", taken["error"]
+    assert [disk.target for disk in snapshots(host)[0].disks] == ["vda", "vdc"]
+    try:
+        restored = scheduler.call("snapshot_restore", snapshot=taken["id"], name="restored")
+        assert restored["state"] == "succeeded", restored["error"]
+        folder = host.data / "instances" / restored["uuid"]
+        assert {path.name for path in folder.glob("[res]*.[rq]*")} == {"root.raw", "ephemeral0.qcow2", "swap.raw"}
+        resized = scheduler.call("resize", instance="restored", disk_gib=1, ephemeral_gib=[3], timeout=0)
+        assert resized["state"] == "succeeded", resized["error"]
+        assert image_info(folder / "ephemeral0.qcow2")["virtual-size"] == 3 * 1024**3
+        root, _ = disk_of(host, snapshots(host)[0], "vda")
+        root.chmod(0o600)
+        with root.open("r+b") as file:
+            file.write(b"\xff")
+        for kind, wanted in (
+            ("snapshot_restore", {"snapshot": taken["id"]}),
+            ("spawn", {"image": f"snapshot:{taken['id']}", "host": "hosta"}),
+        ):
+            refused = scheduler.call(kind, name="damaged", **wanted)
+            assert (refused["state"], refused["error"]["code"]) == ("failed", "snapshot_damaged")
+    finally:
+        scheduler.call("destroy", instance="restored")
+
+
+def test_swap_is_not_taken_unless_asked_for(host: LabHost, spawn: Spawn, snapshot: Spawn) -> None:
+    name = spawn(swap_mib=16)["instance"]
+    assert snapshot(name, incremental=True)["state"] == "succeeded"
+    assert [disk.role for disk in snapshots(host)[0].disks] == ["root"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: libvirt's status files are elsewhere for others")

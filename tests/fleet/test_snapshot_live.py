@@ -110,6 +110,18 @@ def test_a_guest_that_cannot_be_frozen_is_not_called_consistent(
     assert virsh(host, "domjobinfo", guest["instance"]).split()[-1] == "None"
 
 
+def test_one_that_is_off_after_a_power_failure_is_not_called_consistent(
+    host: LabHost, scheduler: Scheduler, spawn: Spawn, snapshot: Spawn
+) -> None:
+    name = spawn()["instance"]
+    scheduler.call("power_off", instance=name, timeout=0)
+    refused = snapshot(name, quiesce="require")
+    assert (refused["state"], refused["error"]["code"]) == ("failed", "quiesce_failed")
+    assert snapshots(host) == []
+    assert snapshot(name)["state"] == "succeeded"
+    assert snapshots(host)[0].consistency == "crash"
+
+
 def test_a_paused_guest_stays_paused(host: LabHost, spawn: Spawn, snapshot: Spawn, scheduler: Scheduler) -> None:
     guest = spawn(ephemeral_gib=[1])
     scheduler.call("pause", instance=guest["instance"])

@@ -18,12 +18,13 @@ def names(guest: Guest) -> list[str]:
 
 
 def changed_bytes(guest: Guest, name: str) -> dict[str, int]:
-    """About how many bytes of each disk changed since the checkpoint. Raises CheckpointMissing."""
+    """About how many bytes of each disk changed since the checkpoint; without those of which libvirt cannot tell, as
+    their bitmap went with a QEMU that was killed. Raises CheckpointMissing."""
     flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN | libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
     with translated(f"measure what changed in {guest.name} since {name}", guest.host):
         xml = guest.domain.checkpointLookupByName(name).getXMLDesc(flags)
     disks = parse(str(xml)).iterfind("./disks/disk[@checkpoint='bitmap']")
-    return {str(disk.get("name")): int(disk.get("size", 0)) for disk in disks}
+    return {str(disk.get("name")): int(str(disk.get("size"))) for disk in disks if disk.get("size")}
 
 
 def delete(guest: Guest, name: str) -> bool:

@@ -10,6 +10,7 @@ from worker.compute.snapshots import chain, holding
 from worker.compute.snapshots.jobs import end_jobs, give_way
 from worker.compute.snapshots.taking import intent_of
 from worker.context import Context
+from worker.errors import InvalidState
 from worker.images import snapshots
 from worker.images.files import remove_tree
 from worker.images.layout import SnapshotDir
@@ -63,6 +64,10 @@ def forget(local: LocalHost, path: Path) -> None:
     """Remove a snapshot that nobody finishes any more; a guest that it still holds is let go of first."""
     folder = SnapshotDir(path)
     intent = intent_of(folder)
+    if intent is not None and intent.host not in {"", local.name}:
+        raise InvalidState(
+            f"it holds {intent.name} on host {intent.host}, which has this folder, too", hint="Do it there."
+        )
     if intent is not None:
         holding.let_go(LocalInstance(local, intent.name, intent.uuid), folder)
     remove_tree(path, local.data.snapshots)

@@ -8,7 +8,7 @@ from worker.compute.local import LocalInstance, require_ours
 from worker.compute.snapshots.jobs import end_jobs
 from worker.compute.snapshots.taking import Taking, format_of, now, taking
 from worker.context import Context
-from worker.errors import InvalidState
+from worker.errors import InvalidState, QuiesceFailed
 from worker.models import PowerState, SnapshotSpec, Taken
 
 ON = (PowerState.RUNNING, PowerState.PAUSED)
@@ -45,6 +45,21 @@ def save(instance: LocalInstance, spec: SnapshotSpec, power: PowerState, ctx: Co
             ctx.undo("restore_power", name=instance.name, uuid=instance.uuid, power=power.value)
             this.guest.save_memory(ctx)
         return take_off(this, power, time.monotonic() - began if power in ON else 0.0)
+
+
+def require_off_will_do(this: Taking) -> None:
+    """Raise where what was asked for needs a guest that runs: InvalidState, QuiesceFailed."""
+    if this.spec.method != "auto" or this.spec.incremental:
+        raise InvalidState(
+            f"{this.guest.name} is {this.guest.power()}: what was asked for needs a guest that runs",
+            hint="Leave out --method and --incremental, or start it.",
+        )
+    if this.spec.quiesce == "require" and not this.guest.shut_itself_down():
+        raise QuiesceFailed(
+            f"{this.guest.name} is {this.guest.power()} and did not shut itself down: its disks are as after a power"
+            " failure",
+            hint="Start it, or take what there is: --quiesce auto",
+        )
 
 
 def take_off(this: Taking, power: PowerState | None = None, held: float = 0.0) -> Taken:

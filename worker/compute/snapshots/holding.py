@@ -16,6 +16,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 from worker.compute.local import LocalInstance
 from worker.compute.snapshots.jobs import give_way
 from worker.compute.snapshots.taking import Intent, Taking, intent_of, note_intent
+from worker.context import Alone, watched_by
 from worker.errors import AgentUnresponsive, FleetError, InvalidState, QuiesceFailed
 from worker.images.layout import SnapshotDir
 from worker.models import Consistency, PowerState
@@ -61,6 +62,7 @@ def held(taking: Taking, *, pause: bool = False) -> Iterator[Hold]:
     intent = Intent(
         name=taking.instance.name,
         uuid=taking.instance.uuid,
+        host=taking.instance.local.name,
         frozen=not obstacle,
         paused=pause and taking.guest.power() is PowerState.RUNNING,
     )
@@ -141,11 +143,12 @@ def let_go(instance: LocalInstance, folder: SnapshotDir) -> None:
 
 
 def release(instance: LocalInstance, folder: SnapshotDir, intent: Intent) -> None:
-    """Take back what was done to the guest."""
-    if intent.paused:
-        resume(instance)  # first: a paused guest's agent cannot thaw
-    if intent.frozen:
-        thaw(instance, folder)
+    """Take back what was done to the guest, also when the step was told to stop."""
+    with watched_by(Alone()):
+        if intent.paused:
+            resume(instance)  # first: a paused guest's agent cannot thaw
+        if intent.frozen:
+            thaw(instance, folder)
 
 
 def thaw(instance: LocalInstance, folder: SnapshotDir) -> None:

@@ -10,6 +10,7 @@ from worker.compute.local import LocalInstance
 from worker.compute.snapshots import chain, cold
 from worker.compute.snapshots.clean import abandon
 from worker.compute.snapshots.holding import Hold, held, let_go
+from worker.compute.snapshots.jobs import give_way
 from worker.compute.snapshots.taking import Taking, format_of, now, taking
 from worker.context import Context
 from worker.errors import (
@@ -20,6 +21,7 @@ from worker.errors import (
     JobLost,
     NoSpace,
     Stalled,
+    StateLockBusy,
     UnsupportedByHost,
 )
 from worker.images import qemu_img
@@ -31,6 +33,9 @@ from worker.virt.jobs import NEEDS_BACKUP, UNLIMITED, BackupJob, BlockTarget, Jo
 
 POLL = 0.01
 """Seconds between two looks at a job (a look costs 0.5 ms)."""
+
+LOOK_AT_GUEST = 0.5
+"""Seconds between two looks whether the guest stands still, as its disk is full."""
 
 GOES_OFF = 2.0
 """Seconds between the end of a guest's jobs and that of the guest, when it is powered off."""
@@ -49,7 +54,8 @@ def take(instance: LocalInstance, spec: SnapshotSpec, ctx: Context) -> Taken:
     """Catch the guest as it runs; one that is off is left to extraction, as its disks hold still.
 
     A job that a dead attempt began is adopted when it is known what it shows, and else begun anew.
-    Raises InvalidState when the guest stops meanwhile, QuiesceFailed, NoSpace, Stalled, UnsupportedByHost.
+    Raises InvalidState when the guest stops meanwhile, QuiesceFailed, NoSpace, Stalled, UnsupportedByHost, and
+    StateLockBusy while somebody else backs the guest up.
     """
     with taking(instance, spec, ctx) as this:
         this.folder.create()
@@ -58,6 +64,7 @@ def take(instance: LocalInstance, spec: SnapshotSpec, ctx: Context) -> Taken:
         if known is not None:  # whatever has become of the guest since
             return _by_backup(this, known) if known.method == "backup" else known
         if not this.guest.is_active():
+            cold.require_off_will_do(this)
             return cold.take_off(this)
         return _by_mirror(this) if method(this) == "mirror" else _by_backup(this)
 
@@ -102,6 +109,9 @@ def _begin_backup(this: Taking, job: BackupJob) -> Taken:
     chain.sweep(this.guest, this.instance.local.data)
     link, speeds, power = chain.continue_from(this), _speeds(this), this.guest.power()
     this.keep_definition()
+    this.guest.require_sight_of_job()
+    if job.progress() is not None:  # libvirt would let this one wait for its end, the guest being frozen
+        raise StateLockBusy(f"somebody else backs {this.guest.name} up; see: virsh domjobinfo {this.guest.name}")
     with held(this) as hold:  # as little as possible is done in here
         try:
             job.begin(targets, since=link.since, checkpoint=link.checkpoint)
@@ -225,8 +235,12 @@ def _follow(
     """
     stall = this.instance.local.settings.stall_timeout
     last, moved_at = JobProgress(-1, 0), time.monotonic()
+    looked_at = moved_at
     with written_out(*files):
         while not ended():
+            if time.monotonic() - looked_at > LOOK_AT_GUEST:
+                looked_at = time.monotonic()
+                _require_room(this)
             if (seen := progress()) is not None:
                 this.ctx.progress(seen.done, seen.total, "copying")
                 if seen != last:
@@ -235,6 +249,12 @@ def _follow(
             if time.monotonic() - moved_at > stall:
                 raise Stalled(f"the copy of {this.guest.name} has moved nothing for {stall:g} s", seconds=stall)
             time.sleep(POLL)
+
+
+def _require_room(this: Taking) -> None:
+    if this.guest.is_stopped_by_io_error():
+        give_way(this.guest, this.folder)
+        raise NoSpace(f"a disk of {this.guest.name} could not be written to: its snapshot gives way")
 
 
 def _speeds(this: Taking) -> dict[str, int]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from worker.compute.local import LocalInstance
-from worker.compute.snapshots import chain
+from worker.compute.snapshots import chain, cold
 from worker.compute.snapshots.live import method
-from worker.compute.snapshots.taking import Taking, format_of, published, taking
+from worker.compute.snapshots.taking import Taking, format_of, require_new, taking
 from worker.context import Context
-from worker.errors import InvalidState
+from worker.errors import CheckpointMissing
 from worker.images import qemu_img
 from worker.images.files import allocated_size
 from worker.images.reserve import Ledger
@@ -21,10 +21,9 @@ MARGIN = 4 * MIB
 def reserve(instance: LocalInstance, spec: SnapshotSpec, ctx: Context) -> int:
     """Check that the host can take the snapshot, and hold the space for it; bytes held.
 
-    Raises InvalidSpec, InvalidState, NoSpace, NotOurs, UnsupportedByHost.
+    Raises InvalidSpec, InvalidState, NoSpace, NotOurs, SnapshotExists, UnsupportedByHost.
     """
-    if published(instance, ctx):
-        return 0
+    require_new(instance, ctx)
     data = instance.local.data
     with taking(instance, spec, ctx) as this:
         _require_possible(this)
@@ -45,20 +44,26 @@ def _require_possible(this: Taking) -> None:
     if this.guest.is_active():
         method(this)
         chain.continue_from(this)
-    elif this.spec.method != "auto" or this.spec.incremental:
-        raise InvalidState(
-            f"{this.guest.name} is {this.guest.power()}: what was asked for needs a guest that runs",
-            hint="Leave out --method and --incremental, or start it.",
-        )
+    else:
+        cold.require_off_will_do(this)
 
 
 def _needed(this: Taking) -> int:
     """Bytes that all disks take at the most, what is removed again before the snapshot is published included."""
     link = chain.continue_from(this) if _by_backup(this) else chain.Link()
-    if link.since:
-        changed = checkpoints.changed_bytes(this.guest, link.since)
-        return sum(changed.get(disk, 0) + MARGIN for disk in this.targets)
+    changed = _changed(this, link.since) if link.since else None
+    if changed is not None:
+        return sum(changed.values()) + MARGIN * len(changed)
     return sum(_flat(disk, this.spec.format) + _caught(this, disk) for disk in this.disks)
+
+
+def _changed(this: Taking, since: str) -> dict[str, int] | None:
+    """Bytes of each disk that changed; None where that is not known any more, so that a full one has to be taken."""
+    try:
+        known = checkpoints.changed_bytes(this.guest, since)
+    except CheckpointMissing:
+        return None
+    return {disk: known[disk] for disk in this.targets} if known.keys() >= set(this.targets) else None
 
 
 def _caught(this: Taking, disk: GuestDisk) -> int:

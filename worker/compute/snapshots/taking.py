@@ -94,8 +94,23 @@ def published(instance: LocalInstance, ctx: Context) -> Snapshot | None:
     return found
 
 
+def require_new(instance: LocalInstance, ctx: Context) -> None:
+    """Raise SnapshotExists when there is a snapshot of this operation's id, of an earlier operation that was forgotten.
+
+    To take it again would begin its checkpoint anew, and the next increment would lack what changed in between.
+    """
+    found = published(instance, ctx)
+    if found:
+        raise SnapshotExists(
+            f"operation_id: a snapshot {found.id} was taken at {found.taken_at:%F %T} UTC already",
+            hint=f"See it with: virtfleet snapshots {found.instance}. For another one use another id.",
+            field="operation_id",
+            given=ctx.operation,
+        )
+
+
 def chosen_disks(guest: Guest, spec: SnapshotSpec) -> list[GuestDisk]:
-    """The disks to take: those asked for, or all that the guest can write to. Raises InvalidSpec."""
+    """The disks to take: those asked for, or all that the guest can write to but its swap. Raises InvalidSpec."""
     there = {disk.target: disk for disk in guest.disks()}
     writable = [target for target, disk in there.items() if not disk.readonly]
     unknown = [target for target in spec.disks if target not in writable]
@@ -107,7 +122,7 @@ def chosen_disks(guest: Guest, spec: SnapshotSpec) -> list[GuestDisk]:
             given=list(spec.disks),
             allowed=writable,
         )
-    wanted = set(spec.disks or writable)
+    wanted = set(spec.disks or [target for target in writable if there[target].role != "swap"])
     return [there[target] for target in writable if target in wanted]
 
 
@@ -133,6 +148,8 @@ class Intent(Frozen):
 
     name: str
     uuid: str
+    host: str = ""
+    """Where the guest is; several hosts may have this folder. Earlier versions did not say."""
     frozen: bool = False
     paused: bool = False
     released: bool = False

@@ -37,7 +37,7 @@ class HoldWatch(HostWatch):
         for path in host.data.unfinished_snapshots():
             folder = SnapshotDir(path)
             intent = intent_of(folder)
-            if intent is not None and not intent.released:
+            if intent is not None and intent.host in {"", host.name} and not intent.released:
                 key = path, folder.intent.stat().st_mtime_ns
                 seen[key] = self._since.get(key, time.monotonic())
                 if time.monotonic() - seen[key] > HELD_TOO_LONG:
