@@ -296,9 +296,10 @@ def _snapshots(site: Site, played: Played) -> Iterator[str]:
 
 def _expected_snapshots(site: Site, played: Played) -> list[str]:
     succeeded = played.record.state is State.SUCCEEDED
-    if played.scenario.needs_snapshot:
-        return [] if succeeded and played.scenario.task == "virtfleet.snapshot_delete" else [site.kept]
-    return [played.record.id] if succeeded and played.scenario.task == "virtfleet.snapshot" else []
+    deleted = succeeded and played.scenario.task == "virtfleet.snapshot_delete"
+    kept = [site.kept] if played.scenario.needs_snapshot and not deleted else []
+    taken = [played.record.id] if succeeded and played.scenario.task == "virtfleet.snapshot" else []
+    return [*kept, *taken]
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

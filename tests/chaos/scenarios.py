@@ -241,6 +241,7 @@ SCENARIOS = (
     _snapshot("by backup", *LIVE, cancel_at="live_snapshot", method="backup", quiesce="require", limit_mib=200),
     _snapshot("by mirror", *LIVE, method="mirror", compress="zstd", limit_mib=50),
     _snapshot("incremental", *LIVE, incremental=True),
+    replace(_snapshot("increment", *LIVE, incremental=True), needs_snapshot=True),
     _snapshot("cold", *COLD, method="cold"),
     replace(_snapshot("of one that is off", *LIVE), before=OFF, after=OFF, undone=frozenset({OFF})),
     Scenario(

@@ -34,7 +34,7 @@ from worker.errors import BrokerUnavailable
 from worker.images import snapshots
 from worker.images.checksum import checksum_of
 from worker.images.layout import DataDir
-from worker.models import PowerState, Snapshot
+from worker.models import Instance, PowerState, Snapshot
 from worker.virt.host import Host
 
 T = TypeVar("T")
@@ -287,7 +287,7 @@ class Site:
 
     def read_contents(self, name: str, host: str) -> Contents:
         """What a host's copy of an instance holds, set aside or not: a digest of each disk's beginning."""
-        uuid, data = str(self.client.registry.require(name).uuid), DataDir(self.hosts[host].data)
+        uuid, data = str(self.known(name).uuid), DataDir(self.hosts[host].data)
         folder = next((one.path for one in (data.instance(uuid), data.aside(uuid)) if one.spec.exists()), None)
         disks = sorted([*folder.glob("root.*"), *folder.glob("ephemeral*.qcow2")]) if folder else []
         return {disk.name: hashlib.sha256(_extent(disk, 0, IMAGE_SIZE, self.folder)).hexdigest() for disk in disks}
@@ -323,6 +323,11 @@ class Site:
             reraise=True,
         )(self.client.submit, request).id
 
+    def known(self, name: str) -> Instance:
+        """What the registry has of an instance; after FLUSHALL it may take a while until it knows it again."""
+        wait_until(lambda: self.client.registry.find(name), 60, f"{name} is known")
+        return self.client.registry.require(name)
+
     def wait_serving(self) -> None:
         """Wait until Redis has heard of the workers that run now, and of the guests."""
         wait_until(self._serves, 60, "all workers and the guest are known", self.workers[HOME, "control"].log)
@@ -348,7 +353,7 @@ class Site:
 
     def read_markers(self) -> dict[str, bytes]:
         """What the pet has written to its disks, as it is on the host now."""
-        uuid = str(self.client.registry.require(PET).uuid)
+        uuid = str(self.known(PET).uuid)
         folder = self.home.data / "instances" / uuid
         return {
             "root": _sector(folder / "root.qcow2", 64 * MIB // 512, self.folder),
@@ -379,7 +384,7 @@ class Site:
     def keep_snapshot(self, instance: str) -> None:
         """Take one, by an undisturbed operation, that this round's operation is about."""
         self.kept = f"kept-{uuid4().hex[:8]}"
-        self.run("virtfleet.snapshot", instance=instance, operation_id=self.kept)
+        self.run("virtfleet.snapshot", instance=instance, operation_id=self.kept, incremental=True)
 
     def drop_snapshots(self) -> None:
         """Delete all of them, by undisturbed operations."""
@@ -404,7 +409,7 @@ class Site:
             wait_until(lambda: MARKED in self._console().rpartition(BOOTING)[2], 60, "the guest has booted")
 
     def _console(self) -> str:
-        uuid = str(self.client.registry.require(PET).uuid)
+        uuid = str(self.known(PET).uuid)
         log = self.home.data / "instances" / uuid / "console.log"
         return log.read_text(errors="replace")
 
