@@ -8,7 +8,7 @@ from tasks.steps.local import local_host
 from worker.compute import provision
 from worker.compute.local import LocalInstance
 from worker.engine.patience import patiently
-from worker.engine.step import step
+from worker.engine.step import FINISH_RETRIES, step
 from worker.engine.step_context import StepContext
 from worker.models import Frozen
 
@@ -24,7 +24,7 @@ class Destroyed(Frozen):
     note: str
 
 
-@step("destroy_instance", queue="control")
+@step("destroy_instance", queue="control", retries=FINISH_RETRIES)
 def destroy_instance(ctx: StepContext, request: DestroyRequest) -> Destroyed:
     """Remove the domain and its files. One step: a cancel must not leave disks without their domain."""
     ctx.check()

@@ -19,7 +19,7 @@ from worker.compute.power import PowerChange
 from worker.compute.resize import RUNS
 from worker.engine.patience import patiently
 from worker.engine.record import StepState
-from worker.engine.step import Retries, step
+from worker.engine.step import FINISH_RETRIES, Retries, step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
 from worker.images.remote import Copying
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 COPY_RETRIES = Retries(attempts=30, first_pause=2.0, longest_pause=30.0)
 """A cut cable is waited for about a quarter of an hour; what has arrived is kept meanwhile."""
-
-FINISH_RETRIES = Retries(attempts=100, first_pause=2.0, longest_pause=60.0)
-"""What is not undone any more is tried for an hour and a half."""
 
 
 class Acknowledged(Frozen):

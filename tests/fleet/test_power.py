@@ -297,7 +297,7 @@ def test_a_qemu_that_hangs_is_waited_for_and_holds_nobody_else_up(
 
         assert note(scheduler.call("pause", instance=other)) == "paused"
         told = wait_until(error, 40, "the step gives this attempt up")
-        assert (told["code"], told["attempts"]) == ("guest_hung", 5)
+        assert (told["code"], told["attempts"]) == ("guest_hung", 6)
         found = {one["code"] for one in json.loads(command("doctor", "--json").stdout)["findings"]}
         assert "guest_hung" in found or "state_lock_busy" in found
         assert "host_not_examined" not in found

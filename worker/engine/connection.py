@@ -39,7 +39,7 @@ REFUSALS = ("MISCONF", "BUSY", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "TRYAG
 somebody's script runs too long, a replica or its master is missing, the database of our URL does not exist."""
 
 
-BRIEF = 1.5
+BRIEF = 0.8
 """Seconds a client waits for a silent Redis; a worker can wait longer."""
 
 _timeout = 5.0

@@ -30,8 +30,8 @@ from worker.errors import (
     FenceTooLow,
     FleetError,
     HandedOver,
+    InstanceLocked,
     InternalError,
-    InvalidState,
     NotItsTurn,
     NotOurs,
     WorkerLost,
@@ -44,6 +44,9 @@ log = structlog.get_logger(__name__)
 
 STUBBORN = 6
 """Attempts of an undo whose error is not worth trying again elsewhere: about a minute."""
+
+LOCKED_PAUSE = 3.0
+"""Seconds at the most until a step is tried again that met another process' lock."""
 
 MOST_LOST = 5
 """Attempts beyond a step's own that may end in silence, the worker having died, before the step fails."""
@@ -146,7 +149,7 @@ def _attempts(made: Step[Any], ctx: StepContext, error: FleetError) -> int:
     if error.retryable or isinstance(error, BrokerUnavailable):  # the work is sound, only Redis was away
         return made.retries.attempts
     # A full disk may have room again in a minute, and an undo that is given up leaves a guest half way.
-    return STUBBORN if ctx.is_undo and not isinstance(error, InvalidState | NotOurs) else 1
+    return STUBBORN if ctx.is_undo and not isinstance(error, NotOurs) else 1
 
 
 def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeeper, ending: Ending) -> bool:
@@ -163,6 +166,8 @@ def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeepe
     if isinstance(error, HandedOver | NotItsTurn):
         pause = 0.0 if isinstance(error, HandedOver) else pause
         fields |= {"attempt": lease.attempt - 1}
+    if isinstance(error, InstanceLocked):  # by one that stood still, as a rule, and lets go as soon as it goes on
+        pause = min(pause, LOCKED_PAUSE)
     verdict = _verdict(ctx, book, error) if error and ending.outcome == "failed" else None
 
     def commit() -> str:

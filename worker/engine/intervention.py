@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from worker.app import app
 from worker.engine.advance import advance
 from worker.engine.journal import journal
+from worker.engine.patience import patiently
 from worker.engine.record import Record, State
-from worker.errors import FleetError, InstanceBusy, InvalidState
+from worker.engine.registry import registry
+from worker.errors import FleetError, InstanceBusy, InvalidState, OperationNotFound
 
 
 def cancel(operation_id: str, *, give_up: bool = False) -> Record:
@@ -21,7 +22,12 @@ def cancel(operation_id: str, *, give_up: bool = False) -> Record:
     Raises `OperationNotFound`, `BrokerUnavailable`.
     """
     book = journal()
-    if not book.cancel(operation_id, give_up=give_up).final:
+    try:
+        state = book.cancel(operation_id, give_up=give_up)
+    except OperationNotFound:
+        registry().require_settled(f"operation {operation_id!r}")  # else its host is about to put it back
+        raise
+    if not state.final:
         advance(operation_id, prompt=True)
     return book.read(operation_id)
 
@@ -45,7 +51,8 @@ def retry_undo(operation_id: str) -> Record:
 @app.task(name="virtfleet.cancel")
 def cancel_by_name(operation_id: str, *, give_up: bool = False) -> dict[str, object]:
     """Cancel an operation, for schedulers that send tasks by name."""
-    return _answer(partial(cancel, give_up=give_up), operation_id)
+    # The message is gone from its queue: Redis being away is no reason to forget the wish.
+    return _answer(lambda one: patiently(cancel, one, give_up=give_up), operation_id)
 
 
 @app.task(name="virtfleet.retry_undo")

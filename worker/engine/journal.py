@@ -132,14 +132,14 @@ class Journal:
         )
         return Admission(outcome, detail)
 
-    def reject(self, operation_id: str, head: dict[str, Any], error: dict[str, Any]) -> None:
-        """Keep a record of a request that was turned away."""
+    def reject(self, operation_id: str, head: dict[str, Any], error: dict[str, Any], task: str = "") -> None:
+        """Keep a record of a request that was turned away, and of the Celery `task` that it came by."""
         self._run(
             "reject",
             [keys.operation(operation_id), keys.OPERATIONS],
             operation_id,
             int(get_settings().keep_records),
-            *("schema", SCHEMA, "head", json.dumps(head), "error", json.dumps(error)),
+            *("schema", SCHEMA, "head", json.dumps(head), "error", json.dumps(error), "task", task),
         )
 
     # --- reading -------------------------------------------------------------------------------------------------

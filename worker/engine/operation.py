@@ -74,6 +74,9 @@ def _admit(kind: Kind[Any], request: Request, operation_id: str, waiter: Waiter 
     known = book.find(operation_id)
     if known and known.state is not State.REJECTED:
         return _attach(known, kind, asked)
+    task = waiter[0] if waiter else ""
+    if known and task and known.task == task:
+        return known  # the same message again: it has had its answer
     try:
         target = request.target(registry(), operation_id)
         stages = stages_of(
@@ -90,7 +93,7 @@ def _admit(kind: Kind[Any], request: Request, operation_id: str, waiter: Waiter 
     except BrokerUnavailable:
         raise
     except FleetError as error:
-        book.reject(operation_id, _head(kind, asked, _named(asked)), error.as_dict())
+        book.reject(operation_id, _head(kind, asked, _named(asked)), error.as_dict(), task)
         raise
     if admission.outcome == "exists":
         return _attach(book.read(operation_id), kind, asked)
