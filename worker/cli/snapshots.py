@@ -42,7 +42,7 @@ def take(
         str, typer.Option(help="backup, mirror or cold; auto: backup where libvirt can, else mirror.")
     ] = "auto",
     disk: Annotated[
-        list[str] | None, typer.Option(metavar="vda", help="A disk to take; may be repeated. Default: all writable, but swap.")
+        list[str] | None, typer.Option(metavar="vda", help="A disk to take; may be repeated. Default: all but swap.")
     ] = None,
     quiesce: Annotated[str, typer.Option(help="Freeze file systems: auto, require or never.")] = "auto",
     form: Annotated[str, typer.Option("--format", help="qcow2 or raw.")] = "qcow2",

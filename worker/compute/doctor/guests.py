@@ -12,6 +12,7 @@ from worker.compute.local import LocalHost
 from worker.context import Alone
 from worker.errors import GuestHung, InstanceNotFound, NotOurs, StateLockBusy
 from worker.findings import Severity, Suspect, suspect
+from worker.images import snapshots
 from worker.images.files import locked
 from worker.models import Owner
 from worker.virt.guest import Guest
@@ -124,8 +125,9 @@ def _abort(local: LocalHost, seen: Guest, target: str) -> None:
 
 
 def _checkpoints(local: LocalHost, guest: Guest, owners: list[object]) -> Iterator[Suspect]:
+    known = {one.checkpoint for one in snapshots.every(local.data)}
     for name in guest.checkpoints():
-        if any(name in manifest.read_text() for manifest in local.data.snapshots.glob("*/manifest.json")):
+        if name in known:
             continue
         yield suspect(
             Severity.WARNING,
