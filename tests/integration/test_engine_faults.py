@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from celery import Celery
 
 from tests.integration import engine_tasks as tasks
 from tests.integration.conftest import PATIENCE, EngineFleet, Events
-from tests.lab.process import kill9, wait_until
+from tests.lab.process import kill9, lab_folder, wait_until
 from worker.engine import keys
 from worker.engine.intervention import cancel
 from worker.engine.operation import new_id, submit
@@ -56,6 +57,33 @@ def test_a_step_goes_on_after_its_worker_was_killed(kind: Any, fleet: EngineFlee
     ended = require_succeeded(fleet, events, record)
     (long_step,) = (step for step in ended.steps.values() if step.key.startswith("test."))
     assert long_step.attempt == 2
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[EngineFleet]:
+    """A fleet whose leases live longer than any test waits."""
+    with lab_folder() as folder:
+        fleet = EngineFleet(folder)
+        fleet.settings["lease_ttl"] = 10 * PATIENCE
+        with fleet, fleet.in_use():
+            yield fleet
+
+
+@pytest.mark.parametrize("kind", ["disk", "control"])
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_successor_does_not_wait_for_the_leases_of_who_died(
+    kind: Any, cancelled: bool, patient: EngineFleet, events: Events
+) -> None:
+    record = begin(tasks.ChainRequest if kind == "disk" else tasks.CallRequest, events)
+    patient.workers[kind].kill9()
+    if cancelled:
+        cancel(record.id)
+    patient.heal()
+    if not cancelled:
+        require_succeeded(patient, events, record)
+        return
+    assert patient.ended(record.id).state is State.CANCELLED
+    events.require_no_overlap()
 
 
 def test_a_step_goes_on_after_its_pool_process_was_killed(fleet: EngineFleet, events: Events) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from worker.engine.mirror import Mirror
 from worker.engine.patience import patiently
 from worker.engine.record import UNDO_STEP, State, StepState
 from worker.engine.step_context import StepContext
+from worker.engine.succession import new_token
 from worker.errors import (
     BrokerUnavailable,
     Cancelled,
@@ -70,7 +70,7 @@ def execute(made: Step[Any], task: Any, operation_id: str, key: str, instance: s
     """Body of every step's Celery task. Messages that come twice, late or out of turn do no harm."""
     book = journal()
     phase: Phase = "undo" if key.startswith(UNDO_STEP) else "run"
-    worker, token = str(task.request.hostname), secrets.token_hex(8)
+    worker, token = str(task.request.hostname), new_token()
     with structlog.contextvars.bound_contextvars(operation=operation_id, step=key), _alone(operation_id, key) as alone:
         if not alone:
             return _decline(task, book, "leased", operation_id, key)

@@ -505,6 +505,14 @@ class Journal:
         script_keys = [keys.operation(operation_id), keys.lease(operation_id, step)]
         return bool(self._run("drop_lease", script_keys, step))
 
+    def inherit(self, operation_id: str, step: str, error: dict[str, Any], *, dead: str, living: str) -> bool:
+        """Have a step tried again now if its lease's token begins with `dead`, and not with `living`; whether it did.
+
+        `error` says what became of the attempt.
+        """
+        script_keys = [keys.operation(operation_id), keys.lease(operation_id, step), keys.ATTENTION]
+        return bool(self._run("inherit", script_keys, operation_id, step, dead, living, json.dumps(error)))
+
     def outgrow(self, fence: int) -> None:
         """Hand out only higher fences from now on: a host has seen this one, from a Redis that was lost since."""
         self._run("outgrow", [keys.FENCE], fence)

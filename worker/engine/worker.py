@@ -23,6 +23,7 @@ from worker.engine.mirror import MirrorWatch
 from worker.engine.patience import patiently
 from worker.engine.reaper import Reaper
 from worker.engine.registry import WorkerKind, registry
+from worker.engine.succession import take_place
 from worker.errors import BrokerUnavailable, FleetError
 from worker.settings import get_settings
 
@@ -107,6 +108,7 @@ def run_worker(kind: WorkerKind, hosts: Sequence[str], *, introduce: Callable[[s
 
     _stay(name)
     _end_soon()
+    take_place(name)
 
     # libvirtd and the guests' disks are root's; messages are JSON only, so the danger it warns of is not there.
     warnings.filterwarnings("ignore", category=SecurityWarning)
