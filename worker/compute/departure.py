@@ -21,6 +21,7 @@ from worker.images.checksum import checksum_of, is_current
 from worker.images.files import (
     allocated_size,
     bring_back_former,
+    forget_former,
     keep_former,
     remove_tree,
     rename_folder,
@@ -184,6 +185,7 @@ def put_back(instance: LocalInstance, ctx: Context, *, keep_note: bool = False) 
             rename_folder(aside.folder.path, instance.folder.path)
     handover = handover_of(instance)
     if handover is None or (handover.operation != ctx.operation and not keep_note):
+        forget_former(_note_of(instance))
         return None  # this operation has not come to setting it aside
     with instance.owned(ctx) as folder, instance.local.libvirt() as host:
         folder.flat.unlink(missing_ok=True)
