@@ -244,7 +244,8 @@ def _files(site: Site, host: str, played: Played) -> Iterator[str]:
     left = [path for place in PASSING for path in data.glob(place)]
     left += [path for path in data.glob("instances/*/.*") if not path.name.startswith((".lock", ".handover."))]
     yield from (f"left behind: {path}" for path in left)
-    locks = [*data.glob("instances/*/.lock"), *data.glob(".*.lock")]
+    workers = data.glob(".*@*.lock")  # each holds its own
+    locks = {*data.glob("instances/*/.lock"), *data.glob(".*.lock")} - {*workers}
     yield from (f"locked: {lock}" for lock in locks if _is_locked(lock))
 
 
