@@ -162,6 +162,15 @@ class Guest:
         except InstanceNotFound:
             return False
 
+    def goes_off(self, within: float = 2.0) -> bool:
+        """Whether it is off within so many seconds: calls and jobs end with QEMU, a moment before the domain does."""
+        deadline = time.monotonic() + within
+        while is_active := self.is_active():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        return not is_active
+
     def is_persistent(self) -> bool:
         """Whether the definition outlives the guest's power-off."""
         with self._trying_to("read the definition of"):

@@ -10,7 +10,7 @@ from worker.compute.snapshots import chain, holding
 from worker.compute.snapshots.jobs import end_jobs, give_way
 from worker.compute.snapshots.taking import intent_of
 from worker.context import Context
-from worker.errors import InvalidState
+from worker.errors import HypervisorError, InvalidState
 from worker.images import snapshots
 from worker.images.files import remove_tree
 from worker.images.layout import SnapshotDir
@@ -83,5 +83,9 @@ def delete(instance: LocalInstance, snapshot: str, ctx: Context) -> bool:
         removed = snapshots.remove(instance.local.data, snapshot)
         guest = host.find_uuid(instance.uuid)
         if guest is not None and guest.is_active():
-            checkpoints.delete(guest, chain.checkpoint_of(snapshot))
+            try:
+                checkpoints.delete(guest, chain.checkpoint_of(snapshot))
+            except (InvalidState, HypervisorError):
+                if not guest.goes_off():
+                    raise
         return removed

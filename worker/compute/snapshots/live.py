@@ -37,9 +37,6 @@ POLL = 0.01
 LOOK_AT_GUEST = 0.5
 """Seconds between two looks whether the guest stands still, as its disk is full."""
 
-GOES_OFF = 2.0
-"""Seconds between the end of a guest's jobs and that of the guest, when it is powered off."""
-
 OUT_OF_CHAIN = (
     "full instead of incremental, and no later one goes on from it: libvirt has lost sight of a backup of this guest,"
     " and lets no other one begin (virtfleet doctor says how to end that)"
@@ -215,11 +212,8 @@ def _are_ready(this: Taking, jobs: Sequence[MirrorJob]) -> bool:
 
 
 def _blame_power_off(this: Taking, error: FleetError) -> None:
-    """Raise InvalidState where the guest is off: its jobs end with it, a moment before its domain is inactive."""
-    deadline = time.monotonic() + GOES_OFF
-    while this.guest.is_active() and time.monotonic() < deadline:
-        time.sleep(POLL)
-    if not this.guest.is_active():
+    """Raise InvalidState where the guest is off: its jobs end with it."""
+    if this.guest.goes_off():
         raise InvalidState(f"{this.guest.name} is {this.guest.power()}, and its copy ended with it: {error}") from error
 
 
