@@ -359,7 +359,11 @@ class Cancelled(FleetError):
 
 
 class BrokerUnavailable(FleetError):
-    """Redis does not answer, or has just lost what it knew. Nothing was accepted."""
+    """Redis does not answer. Nothing was accepted."""
 
     code = "broker_unavailable"
     default_hint = "Check that Redis runs and that VIRTFLEET_REDIS_URL points to it."
+
+
+class HostsAreJoining(BrokerUnavailable):
+    """Redis has just lost what it knew, and hosts tell it again. To clients it is as if it were away."""

@@ -12,7 +12,7 @@ from worker.engine.connection import Redis, shared, translated
 from worker.engine.journal import Journal
 from worker.engine.kinds import kind_of
 from worker.engine.operation import submit
-from worker.errors import BrokerUnavailable, FleetError
+from worker.errors import BrokerUnavailable, FleetError, HostsAreJoining
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +45,8 @@ def submit_due(redis: Redis, limit: int) -> None:
     for operation_id in due:
         try:
             _submit(redis, operation_id)
+        except HostsAreJoining:
+            log.info("hosts are joining: tried again", operation=operation_id)
         except BrokerUnavailable:
             raise
         except Exception:  # of another version, perhaps: one that cannot be read must not hold up everything else

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from worker.engine import keys
 from worker.engine.connection import Redis, shared, translated
-from worker.errors import BrokerUnavailable, HostUnreachable, InstanceNotFound, SnapshotNotFound, UnknownHost
+from worker.errors import HostsAreJoining, HostUnreachable, InstanceNotFound, SnapshotNotFound, UnknownHost
 from worker.models import Frozen, Instance, Peer, SnapshotEntry
 from worker.settings import get_settings
 
@@ -72,7 +72,7 @@ class Registry:
         return Peer(name=name, address=host.address or name, data_dir=Path(host.data_dir), copies_out=host.copies_out)
 
     def require_host(self, name: str) -> None:
-        """Raise `UnknownHost` for a host that never joined, `BrokerUnavailable` where it may do so any moment."""
+        """Raise `UnknownHost` for a host that never joined, `HostsAreJoining` where it may do so any moment."""
         with translated():
             known = cast("list[str]", self.redis.hkeys(keys.HOSTS))
         if name not in known:
@@ -86,11 +86,11 @@ class Registry:
             )
 
     def require_settled(self, missing: str) -> None:
-        """Raise `BrokerUnavailable` while what is missing may only not be known yet, or not again."""
+        """Raise `HostsAreJoining` while what is missing may only not be known yet, or not again."""
         with translated():
             is_settled = self.redis.exists(keys.HOSTS) and not self.redis.exists(keys.SETTLING)
         if not is_settled:
-            raise BrokerUnavailable(
+            raise HostsAreJoining(
                 f"{missing} is not known, but Redis knew nothing a moment ago, and hosts are still joining",
                 hint="Ask again in some seconds. Each host joins by its control worker: virtfleet worker control",
             )
@@ -150,7 +150,7 @@ class Registry:
         return Instance.model_validate_json(found) if found else None
 
     def require(self, name_or_uuid: str) -> Instance:
-        """An instance by its name or uuid. Raises `InstanceNotFound`, `BrokerUnavailable` as `require_host`."""
+        """An instance by its name or uuid. Raises `InstanceNotFound`, `HostsAreJoining` as `require_host`."""
         found = self.find(name_or_uuid)
         if found is None:
             self.require_settled(f"instance {name_or_uuid!r}")
@@ -206,7 +206,7 @@ class Registry:
             self.redis.hdel(keys.SNAPSHOTS, snapshot)
 
     def require_snapshot(self, snapshot: str) -> SnapshotEntry:
-        """A snapshot by its id. Raises `SnapshotNotFound`, `BrokerUnavailable` as `require_host`."""
+        """A snapshot by its id. Raises `SnapshotNotFound`, `HostsAreJoining` as `require_host`."""
         with translated():
             found = cast("str | None", self.redis.hget(keys.SNAPSHOTS, snapshot))
         if found is None:
