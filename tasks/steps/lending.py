@@ -14,19 +14,20 @@ LEND_RETRIES = Retries(attempts=10_000, first_pause=1.0, longest_pause=5.0)
 
 def lender_waits(ctx: StepContext) -> bool:
     """Whether who lends what this step fetches waits for a slot, behind other operations' copies."""
-    beside = next(stage for stage in ctx.record.stages if ctx.plan in stage)
-    try:
-        steps = journal().read(ctx.operation).steps
-    except (BrokerUnavailable, OperationNotFound):
-        return False
-    return any(steps[plan.key].state is StepState.RETRY for plan in beside if plan.host != ctx.host)
+    return any(state is StepState.RETRY for state in _across(ctx))
 
 
 def are_fetched(ctx: StepContext) -> bool:
     """Whether all the steps on the other host are done that run beside this one."""
+    across = _across(ctx)
+    return bool(across) and all(state is StepState.DONE for state in across)
+
+
+def _across(ctx: StepContext) -> list[StepState]:
+    """How the steps stand that run beside this one on the other host; none where Redis has lost the operation."""
     beside = next(stage for stage in ctx.record.stages if ctx.plan in stage)
     try:
         steps = journal().read(ctx.operation).steps
-    except (BrokerUnavailable, OperationNotFound):  # Redis has lost it: who executes a step puts it back
-        return False
-    return all(steps[plan.key].state is StepState.DONE for plan in beside if plan.host != ctx.host)
+    except (BrokerUnavailable, OperationNotFound):  # who executes a step puts it back
+        return []
+    return [steps[plan.key].state for plan in beside if plan.host != ctx.host]
