@@ -10,7 +10,6 @@ import fcntl
 import os
 import secrets
 import threading
-from pathlib import Path
 
 import structlog
 
@@ -19,6 +18,7 @@ from worker.engine.journal import journal
 from worker.engine.patience import patiently
 from worker.engine.record import StepState
 from worker.errors import WorkerLost
+from worker.images.layout import boot
 from worker.settings import get_settings
 
 log = structlog.get_logger(__name__)
@@ -26,12 +26,13 @@ log = structlog.get_logger(__name__)
 MOST = 10_000
 """Unfinished operations to look through; the rest wait for their leases."""
 
-_main = os.getpid()
+_owner = ""
+"""How this worker's tokens begin; without the lock there is nothing to tell a successor when it is dead."""
 
 
 def new_token() -> str:
     """What tells an execution of a step from all others; it begins with whose it is."""
-    return f"{_living()}{secrets.token_hex(8)}"
+    return f"{_owner}{secrets.token_hex(8)}"
 
 
 def take_place(name: str) -> None:
@@ -39,8 +40,7 @@ def take_place(name: str) -> None:
 
     Returns at once: a predecessor that is being stopped is waited for.
     """
-    global _main  # noqa: PLW0603 - inherited by the pool
-    _main = os.getpid()
+    global _owner  # noqa: PLW0603 - inherited by the pool
     folder = get_settings().data_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,6 +49,7 @@ def take_place(name: str) -> None:
     except OSError as error:
         log.warning("the steps of a worker that dies will wait for their leases", error=str(error))
         return
+    _owner = f"{_machine()}{os.getpid()}-"
     threading.Thread(target=_succeed, args=[name, descriptor], name="succession", daemon=True).start()
 
 
@@ -56,7 +57,7 @@ def _succeed(name: str, descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     error = WorkerLost(f"worker {name} died in this step; it goes on").as_dict()
     for operation, step in patiently(_left_by, name):
-        if patiently(journal().inherit, operation, step, error, dead=_machine(), living=_living()):
+        if patiently(journal().inherit, operation, step, error, dead=_machine(), living=_owner):
             log.warning("its worker died: the step goes on", operation=operation, step=step)
             see_to(operation)
 
@@ -73,8 +74,4 @@ def _left_by(name: str) -> list[tuple[str, str]]:
 
 def _machine() -> str:
     """This boot of this machine: processes of another one are none of ours."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text()[:8] + "."
-
-
-def _living() -> str:
-    return f"{_machine()}{_main}-"
+    return f"{boot()}."
