@@ -54,7 +54,7 @@ class ComebackWatch(HostWatch):
 
     def look(self, host: LocalHost) -> None:
         """Start every guest that went off, and forget those that are not to come back any more."""
-        for path in host.data.comebacks.glob(f"*.{host.name}.json"):
+        for path in host.data.comebacks_of(host.name):
             try:
                 noted = Comeback.model_validate_json(path.read_text())
                 settled = time.time() > noted.until or _is_settled(host, noted)

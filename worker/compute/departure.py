@@ -161,9 +161,8 @@ def set_aside(instance: LocalInstance, handover: Handover, ctx: Context) -> None
                 raise InvalidState(
                     f"{instance.name} is {guest.power()}: it cannot be set aside", hint="Who started it?"
                 )
-        note(
-            instance, _keeping_note_of_before(instance, handover)
-        )  # before anything changes: it says what the domain was
+        # Before anything changes: it says what the domain was.
+        note(instance, _keeping_note_of_before(instance, handover))
         if guest is not None:
             guest.set_autostart(enabled=False)
         folder.probe(ctx.operation).unlink(missing_ok=True)

@@ -80,9 +80,9 @@ class NewInstance(Request):
         """The host must be known and the name free, also on hosts that Redis has just forgotten."""
         fleet.require_host(self.host)
         taken = fleet.find(self.name)
-        if not taken:
+        if taken is None:
             fleet.require_settled(f"an instance {self.name!r}")
-        if taken:
+        else:
             raise InstanceExists(
                 f"name: {self.name!r} is taken by instance {taken.uuid} on host {taken.host}",
                 field="name",

@@ -210,6 +210,10 @@ class DataDir:
         """The note of a guest on `host`: several hosts may have this folder."""
         return self.comebacks / f"{uuid}.{host}.json"
 
+    def comebacks_of(self, host: str) -> list[Path]:
+        """The notes of all guests on `host`; a host's name may be the end of another's."""
+        return [*self.comebacks.glob(f"{'?' * len(str(UUID(int=0)))}.{host}.json")]
+
     def create(self) -> DataDir:
         """Make the folders that are not there; each can be traversed by QEMU's user."""
         for folder in (self.root, self.images, self.sources, self.instances, self.snapshots, self.tmp):
