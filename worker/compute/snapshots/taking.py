@@ -103,7 +103,7 @@ def require_new(instance: LocalInstance, ctx: Context) -> None:
     if found:
         raise SnapshotExists(
             f"operation_id: a snapshot {found.id} was taken at {found.taken_at:%F %T} UTC already",
-            hint=f"See it with: virtfleet snapshots {found.instance}. For another one use another id.",
+            hint=f"See it with: virtfleet snapshots --instance {found.instance}. For another one use another id.",
             field="operation_id",
             given=ctx.operation,
         )
