@@ -94,6 +94,7 @@ MemoryMib = Annotated[int, Strict(), Field(ge=16, le=64 * 1024 * 1024)]
 DiskGib = Annotated[int, Strict(), Field(ge=1, le=64 * 1024)]
 SwapMib = Annotated[int, Strict(), Field(ge=0, le=1024 * 1024)]
 DiskFormat = Literal["qcow2", "raw"]
+Compression = Literal["zstd", "zlib"]
 Firmware = Literal["bios", "efi"]
 WaitFor = Literal["running", "agent", "console"]
 
@@ -256,7 +257,7 @@ class SnapshotSpec(Frozen):
     disks: tuple[DiskTarget, ...] = Field((), max_length=64)
     quiesce: Quiesce = "auto"
     format: DiskFormat = "qcow2"
-    compress: Literal["zstd", "zlib"] | None = None
+    compress: Compression | None = None
     limit_mib: Annotated[int, Field(ge=1, le=1024 * 1024)] | None = None
     incremental: bool = False
     full: bool = False

@@ -8,7 +8,8 @@ from tasks.steps.local import local_host
 from worker.compute import provision
 from worker.compute.local import LocalInstance
 from worker.engine.patience import patiently
-from worker.engine.step import FINISH_RETRIES, step
+from worker.engine.retries import FINISH_RETRIES
+from worker.engine.step import step
 from worker.engine.step_context import StepContext
 from worker.models import Frozen
 

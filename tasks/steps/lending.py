@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from worker.engine.journal import journal
 from worker.engine.record import StepState
-from worker.engine.step import Retries
+from worker.engine.retries import Retries
 from worker.engine.step_context import StepContext
 from worker.errors import BrokerUnavailable, OperationNotFound
 

@@ -19,7 +19,8 @@ from worker.compute.power import PowerChange
 from worker.compute.resize import RUNS
 from worker.engine.patience import patiently
 from worker.engine.record import StepState
-from worker.engine.step import FINISH_RETRIES, Retries, step
+from worker.engine.retries import FINISH_RETRIES, Retries
+from worker.engine.step import step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
 from worker.images.remote import Copying

@@ -8,7 +8,8 @@ from tasks.steps.local import local_host, local_instance, register
 from worker.compute import provision
 from worker.compute.local import LocalInstance
 from worker.compute.snapshots import clean, cold, extract, holding, live, restore, space
-from worker.engine.step import FINISH_RETRIES, step
+from worker.engine.retries import FINISH_RETRIES
+from worker.engine.step import step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
 from worker.images.snapshots import entry_of

@@ -22,7 +22,8 @@ from worker.engine.kinds import Operation
 from worker.engine.operation import operation
 from worker.engine.registry import HostRecord, Registry, registry
 from worker.engine.requests import Request, Target
-from worker.engine.step import Retries, step
+from worker.engine.retries import Retries
+from worker.engine.step import step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
 from worker.engine.worker import run_worker
@@ -136,6 +137,16 @@ def queueing(ctx: StepContext, request: Asked) -> int:
         turns = Path(request.log).read_text().count('"what": "begin"')
         if turns < 5:
             raise NotItsTurn("not yet")
+        return ctx.lease.attempt
+
+
+@step("test.no_way_back", queue="control", retries=Retries(attempts=1))
+def no_way_back(ctx: StepContext, request: Asked) -> int:
+    """Fails once, after part of what it removes has gone."""
+    with noted(ctx):
+        ctx.make_irrevocable()
+        if ctx.lease.attempt < 2:
+            raise HostUnreachable("not yet")
         return ctx.lease.attempt
 
 
@@ -266,6 +277,14 @@ class QueueingRequest(Asked): ...
 @operation("test.queueing_only", QueueingRequest)
 def queueing_up(op: Operation[QueueingRequest]) -> Canvas:
     return queueing.on(op)
+
+
+class NoWayBackRequest(Asked): ...
+
+
+@operation("test.no_way_back_only", NoWayBackRequest)
+def without_way_back(op: Operation[NoWayBackRequest]) -> Canvas:
+    return no_way_back.on(op)
 
 
 class PutOffRequest(Asked): ...

@@ -83,6 +83,11 @@ def test_who_waits_for_its_turn_spends_no_attempts(fleet: EngineFleet, events: E
 # --- failing ------------------------------------------------------------------------------------------------------
 
 
+def test_what_cannot_be_taken_back_is_tried_more_often_than_its_step(fleet: EngineFleet, events: Events) -> None:
+    record = fleet.run(asked(tasks.NoWayBackRequest, events))
+    assert (record.state, record.steps["test.no_way_back"].result) == (State.SUCCEEDED, 2)
+
+
 def test_a_failure_undoes_what_was_done_newest_first(fleet: EngineFleet, events: Events) -> None:
     record = fleet.run(asked(tasks.FailRequest, events))
     assert record.state is State.FAILED

@@ -226,7 +226,7 @@ def test_what_a_killed_libvirtd_leaves_of_a_backup_in_qemu_is_in_nobodys_way(lab
             ended(job)
             job.require_success()
             assert_same(freed, again)
-            freed.save_memory(Watching())
+            freed.save_memory(Watching(), stall=60)
             freed.start()
     assert losses, "libvirtd was killed too late each time: this has shown nothing"
 
@@ -288,8 +288,8 @@ def test_a_mirror_holds_the_disk_as_it_is_when_it_ends(lab: LabHost, guest: Gues
 
 def test_memory_that_was_saved_comes_back_and_paused_stays_paused(guest: Guest) -> None:
     guest.pause()
-    guest.save_memory(Watching())
-    guest.save_memory(Watching())
+    guest.save_memory(Watching(), stall=60)
+    guest.save_memory(Watching(), stall=60)
     assert guest.power() is PowerState.SAVED
     guest.start()
     assert guest.power() is PowerState.PAUSED

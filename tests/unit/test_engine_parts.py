@@ -17,7 +17,7 @@ from worker.engine.canvas import Canvas, remaining, stages_of, step_signature
 from worker.engine.patience import patiently
 from worker.engine.progress import Meter, describe
 from worker.engine.record import State, StepPlan, StepState, UndoEntry, parse
-from worker.engine.step import Retries
+from worker.engine.retries import Retries
 from worker.errors import BrokerUnavailable, InvalidSpec
 
 MIB = 1024**2

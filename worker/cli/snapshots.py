@@ -12,17 +12,31 @@ from worker.cli import output
 from worker.cli.options import AsJson, Call, Instance, grouped
 from worker.client import Fleet
 from worker.images.files import human_size
+from worker.models import Compression
 
 TAKE = "take"
 
 
+COMPRESS = "--compress"
+DEFAULT_COMPRESSION: Compression = "zstd"
+
+
 class _TakesByDefault(TyperGroup):
-    """`virtfleet snapshot NAME` is short for `virtfleet snapshot take NAME`."""
+    """`virtfleet snapshot NAME` is short for `virtfleet snapshot take NAME`, `--compress` for `--compress zstd`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in {*self.commands, "--help"}:
             args = [TAKE, *args]
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, _with_compression(args))
+
+
+def _with_compression(args: list[str]) -> list[str]:
+    """Typer knows no option whose value may be left out."""
+    if COMPRESS not in args:
+        return args
+    at = args.index(COMPRESS) + 1
+    has_value = at < len(args) and not args[at].startswith("-")
+    return args if has_value else [*args[:at], DEFAULT_COMPRESSION, *args[at:]]
 
 
 app = typer.Typer(
@@ -47,7 +61,7 @@ def take(
     quiesce: Annotated[str, typer.Option(help="Freeze file systems: auto, require or never.")] = "auto",
     form: Annotated[str, typer.Option("--format", help="qcow2 or raw.")] = "qcow2",
     compress: Annotated[
-        str | None, typer.Option("--compress", metavar="zstd|zlib", help="Compress; zstd is the faster one.")
+        str | None, typer.Option(COMPRESS, metavar="[zstd|zlib]", help="Compress; with zstd unless told.")
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="MIB/S", help="Copy no faster than this.")] = None,
     incremental: Annotated[

@@ -21,6 +21,7 @@ from worker.engine.lease import LeaseKeeper
 from worker.engine.mirror import Mirror
 from worker.engine.patience import patiently
 from worker.engine.record import UNDO_STEP, State, StepState
+from worker.engine.retries import FINISH_RETRIES, Retries
 from worker.engine.step_context import StepContext
 from worker.engine.succession import new_token
 from worker.errors import (
@@ -124,7 +125,7 @@ def _logged(ctx: StepContext) -> Iterator[None]:
 
 
 def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
-    lost = ctx.lease.attempt - made.retries.attempts
+    lost = ctx.lease.attempt - _retries(made, ctx).attempts
     if lost > MOST_LOST:
         return Ending("failed", error=WorkerLost(f"the worker died {lost} times or more in this step"))
     try:
@@ -144,10 +145,15 @@ def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
         return Ending("retry" if may_retry else "failed", error=InternalError(f"{type(error).__name__}: {error}"))
 
 
+def _retries(made: Step[Any], ctx: StepContext) -> Retries:
+    """How often and how patiently the step is tried: more than others where there is no way back."""
+    return max(made.retries, FINISH_RETRIES, key=lambda one: one.attempts) if ctx.is_irrevocable else made.retries
+
+
 def _attempts(made: Step[Any], ctx: StepContext, error: FleetError) -> int:
     """How often a step that failed so may be tried in all."""
     if error.retryable or isinstance(error, BrokerUnavailable):  # the work is sound, only Redis was away
-        return made.retries.attempts
+        return _retries(made, ctx).attempts
     # A full disk may have room again in a minute, and an undo that is given up leaves a guest half way.
     return STUBBORN if ctx.is_undo and not isinstance(error, NotOurs) else 1
 
@@ -162,7 +168,7 @@ def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeepe
         # lost since, or whose clock was ahead, the next attempt gets a higher one.
         patiently(book.outgrow, error.details["current_fence"])
     fields = {"result": ending.result} if error is None else {"error": _told(error, made, ctx)}
-    pause = made.retries.pause(lease.attempt) if ending.outcome == "retry" else ctx.settings.publish_grace
+    pause = _retries(made, ctx).pause(lease.attempt) if ending.outcome == "retry" else ctx.settings.publish_grace
     if isinstance(error, HandedOver | NotItsTurn):
         pause = 0.0 if isinstance(error, HandedOver) else pause
         fields |= {"attempt": lease.attempt - 1}
@@ -184,7 +190,7 @@ def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeepe
 
 def _told(error: FleetError, made: Step[Any], ctx: StepContext) -> dict[str, Any]:
     """The error with where and when it happened."""
-    attempts = {"attempt": ctx.lease.attempt, "attempts": made.retries.attempts}
+    attempts = {"attempt": ctx.lease.attempt, "attempts": _retries(made, ctx).attempts}
     return {**error.as_dict(), "step": ctx.lease.step, "host": ctx.host, **attempts}
 
 

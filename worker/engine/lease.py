@@ -39,8 +39,9 @@ class LeaseKeeper:
         self._mirror = Mirror()
         self.silent = False
         """Whether Redis did not answer the last renewal."""
+        self.irrevocable = False
+        """Whether this execution has said that the operation cannot be taken back."""
         self._stop: FleetError | None = None
-        self._irrevocable = False
         self._heard_at = lease.asked_at
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"lease {lease.step}", daemon=True)
@@ -85,7 +86,7 @@ class LeaseKeeper:
 
     def remember_irrevocable(self) -> None:
         """Keep in mind that the operation cannot be taken back, in case Redis forgets it."""
-        self._irrevocable = True
+        self.irrevocable = True
         self._copy()
 
     def _look_again(self) -> None:
@@ -110,7 +111,7 @@ class LeaseKeeper:
     def _own(self) -> dict[str, str]:
         field = f"step:{self.lease.step}:"
         known = {f"{field}state": "running", f"{field}fence": str(self.lease.fence)}
-        return known | ({"irrevocable": "1"} if self._irrevocable else {})
+        return known | ({"irrevocable": "1"} if self.irrevocable else {})
 
     def restore(self) -> None:
         """Give Redis back the record that it has lost, and go on."""

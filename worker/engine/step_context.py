@@ -54,6 +54,11 @@ class StepContext:
         return self.lease.step.startswith(UNDO_STEP)
 
     @property
+    def is_irrevocable(self) -> bool:
+        """Whether the operation cannot be taken back any more."""
+        return self.record.irrevocable or self._keeper.irrevocable
+
+    @property
     def host(self) -> str:
         """Name of the host this step runs on."""
         return self.plan.host

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from worker.engine.record import UNDO_STEP
-from worker.engine.step import Retries, step
+from worker.engine.retries import Retries
+from worker.engine.step import step
 from worker.engine.step_context import StepContext
 
 Action = Callable[..., None]

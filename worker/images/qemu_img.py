@@ -8,14 +8,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from worker.context import Watcher
 from worker.errors import CommandFailed, InternalError, InvalidState
 from worker.images.command import Command, Progress, run
-from worker.models import GIB, DiskFormat
-
-Compression = Literal["zstd", "zlib"]
+from worker.models import GIB, Compression, DiskFormat
 
 # Nova's bounds for a look at an untrusted image. Not for convert: with `-m 16` it aborts under 1 GiB.
 _CPU_SECONDS = 30

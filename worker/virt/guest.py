@@ -24,9 +24,11 @@ from worker.errors import (
     InstanceNotFound,
     InvalidState,
     Permanent,
+    Stalled,
     UnsupportedByHost,
 )
 from worker.models import GuestDisk, Owner, PowerState
+from worker.stall import StallDeadline
 from worker.virt.bounded import asked, bounded
 from worker.virt.domain_xml import (
     NAMESPACE,
@@ -359,18 +361,19 @@ class Guest:
 
     # --- memory -------------------------------------------------------------------------------------------
 
-    def save_memory(self, watch: Watcher) -> None:
+    def save_memory(self, watch: Watcher, *, stall: float) -> None:
         """Stop the guest with its memory kept in a file that the next start resumes from; saved already is success.
 
-        A save that a dead worker began goes on in libvirtd: it is waited for. When `watch` says Cancelled the save is
-        aborted and the guest runs on. Raises InvalidState when the guest is off, NoSpace.
+        A save that a dead worker began goes on in libvirtd: it is waited for. When `watch` says Cancelled, or it has
+        moved nothing for `stall` seconds, it is aborted and the guest runs on.
+        Raises InvalidState when the guest is off, NoSpace, Stalled.
         """
-        self.wait_for_job(watch)
+        self.wait_for_job(watch, stall=stall)
         if self.power() is PowerState.SAVED:
             return
         pool = ThreadPoolExecutor(1)
         try:
-            self._follow(pool.submit(self._save_memory), watch)
+            self._follow(pool.submit(self._save_memory), watch, stall)
         finally:
             pool.shutdown(wait=False)  # the call has ended, or the connection's keepalive will end it
 
@@ -384,10 +387,15 @@ class Guest:
             with self._trying_to("remove the stale memory of"):
                 self._domain.managedSaveRemove()
 
-    def wait_for_job(self, watch: Watcher) -> None:
-        """Wait until libvirt neither saves nor migrates nor backs the guest up."""
+    def wait_for_job(self, watch: Watcher, *, stall: float) -> None:
+        """Wait until libvirt neither saves nor migrates nor backs the guest up.
+
+        Raises Stalled where that has moved nothing for `stall` seconds.
+        """
+        deadline = StallDeadline(f"what libvirt does to {self.name}", stall)
         while (job := self.job_stats()).get("type"):
             watch.progress(*memory_progress(job))
+            deadline.see(bytes_moved(job))
             time.sleep(_JOB_POLL)
 
     def job_stats(self) -> dict[str, Any]:
@@ -440,11 +448,14 @@ class Guest:
         with self._towards("save the memory of", PowerState.SAVED):
             self._domain.managedSave(0)
 
-    def _follow(self, saving: Future[None], watch: Watcher) -> None:
+    def _follow(self, saving: Future[None], watch: Watcher, stall: float) -> None:
+        deadline = StallDeadline(f"saving the memory of {self.name}", stall)
         while wait([saving], _JOB_POLL).not_done:
             try:
-                watch.progress(*memory_progress(self.job_stats()))
-            except Cancelled:
+                job = self.job_stats()
+                watch.progress(*memory_progress(job))
+                deadline.see(bytes_moved(job))
+            except (Cancelled, Stalled):
                 self.abort_job()
                 wait([saving], _ABORT_PATIENCE)
                 raise
@@ -506,3 +517,8 @@ class Guest:
 def memory_progress(job: dict[str, Any]) -> tuple[int, int | None, str]:
     """What of a guest's memory a job has written: (done, total, note), in bytes."""
     return int(job.get("memory_processed", 0)), job.get("memory_total"), "saving the guest's memory"
+
+
+def bytes_moved(job: dict[str, Any]) -> tuple[int, int]:
+    """Of the guest's memory and of its disks."""
+    return int(job.get("memory_processed", 0)), int(job.get("disk_processed", 0))

@@ -20,8 +20,9 @@ from lxml.builder import ElementMaker  # type: ignore[import-not-found]  # lxml-
 from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
 from worker.context import Watcher
-from worker.errors import HypervisorError, InvalidState, JobLost, NoSpace, Stalled, UnsupportedByHost
+from worker.errors import HypervisorError, InvalidState, JobLost, NoSpace, UnsupportedByHost
 from worker.models import DiskFormat
+from worker.stall import StallDeadline
 from worker.virt.domain_xml import parse
 from worker.virt.faults import translated
 from worker.virt.guest import Guest
@@ -158,13 +159,10 @@ class BackupJob:
             self._guest.abort_job()
         else:
             self.limit(dict.fromkeys(disks, UNLIMITED))
-        last, moved_at = None, time.monotonic()
+        deadline = StallDeadline(f"the backup of {self._guest.name}, which is to end,", MAY_REST)
         while (seen := self.progress()) is not None:
             watch.progress(seen.done, seen.total, "waiting for the backup to end")
-            if seen != last:
-                last, moved_at = seen, time.monotonic()
-            if time.monotonic() - moved_at > MAY_REST:
-                raise Stalled(f"the backup of {self._guest.name} does not end", seconds=MAY_REST)
+            deadline.see(seen)
             time.sleep(_POLL)
 
     def survives_abort(self, disks: Iterable[str]) -> bool:

@@ -43,7 +43,7 @@ def save(instance: LocalInstance, spec: SnapshotSpec, power: PowerState, ctx: Co
             if this.guest.is_active():
                 end_jobs(this.guest, this.folder, ctx)
             ctx.undo("restore_power", name=instance.name, uuid=instance.uuid, power=power.value)
-            this.guest.save_memory(ctx)
+            this.guest.save_memory(ctx, stall=instance.local.settings.stall_timeout)
         return take_off(this, power, time.monotonic() - began if power in ON else 0.0)
 
 
@@ -88,7 +88,7 @@ def restore_power(instance: LocalInstance, power: PowerState, ctx: Context) -> P
     with instance.owned(ctx), instance.local.libvirt() as host:
         guest = host.guest(instance.uuid)
         require_ours(guest)
-        guest.wait_for_job(ctx)
+        guest.wait_for_job(ctx, stall=instance.local.settings.stall_timeout)
         if power in ON and guest.power() is PowerState.SAVED:
             guest.start()  # libvirt lets a guest that was paused come back paused
         if power is PowerState.RUNNING and guest.power() is PowerState.PAUSED:

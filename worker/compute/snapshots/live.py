@@ -20,7 +20,6 @@ from worker.errors import (
     InvalidState,
     JobLost,
     NoSpace,
-    Stalled,
     StateLockBusy,
     UnsupportedByHost,
 )
@@ -29,6 +28,7 @@ from worker.images.files import available_space, human_size
 from worker.images.qcow2 import virtual_size
 from worker.images.writeback import written_out
 from worker.models import MIB, DiskFormat, GuestDisk, SnapshotSpec, Taken, TakenDisk
+from worker.stall import StallDeadline
 from worker.virt.jobs import NEEDS_BACKUP, UNLIMITED, BackupJob, BlockTarget, JobProgress, MirrorJob
 
 POLL = 0.01
@@ -227,9 +227,8 @@ def _follow(
 
     Raises Stalled when it moves nothing for too long.
     """
-    stall = this.instance.local.settings.stall_timeout
-    last, moved_at = JobProgress(-1, 0), time.monotonic()
-    looked_at = moved_at
+    deadline = StallDeadline(f"the copy of {this.guest.name}", this.instance.local.settings.stall_timeout)
+    looked_at = time.monotonic()
     with written_out(*files):
         while not ended():
             if time.monotonic() - looked_at > LOOK_AT_GUEST:
@@ -237,11 +236,8 @@ def _follow(
                 _require_room(this)
             if (seen := progress()) is not None:
                 this.ctx.progress(seen.done, seen.total, "copying")
-                if seen != last:
-                    last, moved_at = seen, time.monotonic()
             this.ctx.check()
-            if time.monotonic() - moved_at > stall:
-                raise Stalled(f"the copy of {this.guest.name} has moved nothing for {stall:g} s", seconds=stall)
+            deadline.see(seen)
             time.sleep(POLL)
 
 
