@@ -131,6 +131,19 @@ def test_a_paused_guest_stays_paused(host: LabHost, spawn: Spawn, snapshot: Spaw
 
 
 @pytest.mark.thorough
+def test_a_mirror_becomes_equal_to_a_disk_that_changes_faster_than_it_is_copied(
+    host: LabHost, spawn: Spawn, snapshot: Spawn, real: Path
+) -> None:
+    rewrite = "dd if=/dev/urandom of=/dev/vdb bs=1M count=64 conv=fsync 2>/dev/null"
+    script = f"#!/bin/sh\n{rewrite}\necho rewriting\nwhile :; do {rewrite}; done\n"
+    ready = {"wait_for": "console", "console_line": "rewriting", "ready_timeout": 120}
+    guest = spawn(image=str(real), memory_mib=256, ephemeral_gib=[1], user_data=script, **ready)
+    record = snapshot(guest["instance"], method="mirror", disks=["vdb"], limit_mib=4)
+    assert record["state"] == "succeeded", record["error"]
+    assert image_info(disk_of(host, snapshots(host)[0], "vdb")[0])["actual-size"] > 60 * 1024**2
+
+
+@pytest.mark.thorough
 def test_a_limit_is_kept(spawn: Spawn, snapshot: Spawn, real: Path) -> None:
     guest = spawn(image=str(real))
     began = time.monotonic()

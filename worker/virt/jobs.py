@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 NEEDS_BACKUP = (7, 2, 0)
 """libvirt's news: backups are on by default since then; before, QEMU's part of them was experimental."""
 
+NEEDS_SYNCHRONOUS_WRITES = (8, 0, 0)
+"""libvirt's news: mirrors can have a guest's writes wait for the copy since then."""
+
 NEEDS_NO_LOCKS = (9, 0)
 """QEMU's change log: block jobs and their iothreads do without the AioContext lock since then."""
 
@@ -204,16 +207,19 @@ class MirrorJob:
     def _trying_to(self, verb: str) -> AbstractContextManager[None]:
         return translated(f"{verb} {self._disk} of {self._guest.name}", self._guest.host)
 
-    def begin(self, target: Path, bytes_per_second: int | None = None) -> None:
+    def begin(self, target: Path, bytes_per_second: int | None = None, *, synchronous: bool = False) -> None:
         """Mirror the disk's top layer to a qcow2 file that was made for it, on the same backing file.
 
+        A guest that writes faster than is copied keeps it from ever being ready, unless it is `synchronous`: the
+        guest's writes go to both then, and are as slow as the slower one (VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES).
         Raises UnsupportedByHost where libvirt (before 3.5) would need the guest to be undefined for this.
         """
+        flags = _MIRROR_FLAGS | (libvirt.VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES if synchronous else 0)
         parameters = {} if bytes_per_second is None else {libvirt.VIR_DOMAIN_BLOCK_COPY_BANDWIDTH: bytes_per_second}
         try:
             with self._trying_to("mirror"):
                 _past_leftovers(
-                    self._guest.domain.blockCopy, self._disk, _text(self._target_xml(target)), parameters, _MIRROR_FLAGS
+                    self._guest.domain.blockCopy, self._disk, _text(self._target_xml(target)), parameters, flags
                 )
         except InvalidState as error:
             if "transient" not in error.message:

@@ -29,7 +29,15 @@ from worker.images.qcow2 import virtual_size
 from worker.images.writeback import written_out
 from worker.models import MIB, DiskFormat, GuestDisk, SnapshotSpec, Taken, TakenDisk
 from worker.stall import StallDeadline
-from worker.virt.jobs import NEEDS_BACKUP, UNLIMITED, BackupJob, BlockTarget, JobProgress, MirrorJob
+from worker.virt.jobs import (
+    NEEDS_BACKUP,
+    NEEDS_SYNCHRONOUS_WRITES,
+    UNLIMITED,
+    BackupJob,
+    BlockTarget,
+    JobProgress,
+    MirrorJob,
+)
 
 POLL = 0.01
 """Seconds between two looks at a job (a look costs 0.5 ms)."""
@@ -191,7 +199,7 @@ def _begin_mirror(this: Taking, disk: GuestDisk, job: MirrorJob, limit: int | No
         qemu_img.create_overlay(path, disk.backing, backing_format, size)
     else:
         qemu_img.create(path, "qcow2", size)
-    job.begin(path, limit)
+    job.begin(path, limit, synchronous=this.host.libvirt_version >= NEEDS_SYNCHRONOUS_WRITES)
 
 
 def _total(jobs: Sequence[MirrorJob]) -> JobProgress:
