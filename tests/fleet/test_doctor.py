@@ -21,7 +21,9 @@ from tests.lab import Fleet, LabHost, free_port, lab_folder, wait_until
 from tests.lab.fleet import COMMAND
 from tests.lab.host import KVM
 from tests.lab.process import REPOSITORY
+from worker.context import Alone
 from worker.findings import Finding
+from worker.images.reserve import Ledger
 
 HOST = "hosta"
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root has a qemu:///system of its own and can mount")
@@ -152,6 +154,56 @@ def test_a_snapshot_that_nobody_finishes_is_removed(host: LabHost) -> None:
     assert examine(fix=True)["unfinished_snapshot"].fixed
     assert not orphan.exists()
     assert examine() == {}
+
+
+def test_space_kept_for_an_operation_that_is_over_is_given_back(host: LabHost) -> None:
+    ledger = Ledger(host.data)
+    ledger.reserve("op-long-gone", 5 * 1024**2, host.data / "nothing", 0, Alone())
+    found = examine()
+    assert found.keys() == {"stale_promise"}
+    assert "5.0 MiB" in found["stale_promise"].what
+    assert examine(fix=True)["stale_promise"].fixed
+    assert ledger.outstanding() == 0
+    assert examine() == {}
+
+
+@pytest.mark.parametrize("where", ["images/notes.txt", "snapshots/lost"])
+def test_what_is_no_image_and_no_snapshot_is_told_of_and_kept(host: LabHost, where: str) -> None:
+    path = host.data / where
+    path.mkdir()
+    try:
+        found = examine(fix=True)
+        assert [(one.code, one.where, one.fixable) for one in found.values()] == [("stray_file", str(path), False)]
+    finally:
+        path.rmdir()
+
+
+def test_an_image_whose_note_is_lost_is_told_of_and_kept(host: LabHost) -> None:
+    path = host.data / "images" / f"{'0' * 64}.qcow2"
+    path.write_bytes(b"perhaps the base of a guest")
+    assert examine() == {}, "one that has just been put in place is about to be noted"
+    os.utime(path, (0, 0))
+    found = examine(fix=True)
+    assert found.keys() == {"image_without_note"}
+    assert not found["image_without_note"].fixable
+    path.unlink()
+
+
+def test_a_snapshot_that_lacks_what_it_builds_on_is_an_error(
+    host: LabHost, scheduler: Scheduler, guest: Record
+) -> None:
+    for snapshot in ("first", "second"):
+        taken = scheduler.call("snapshot", instance=guest["instance"], operation_id=snapshot, incremental=True)
+        assert taken["state"] == "succeeded", taken["error"]
+    away = host.data / "first"
+    (host.data / "snapshots" / "first").rename(away)
+    found = examine()
+    assert found["broken_snapshot"].where == str(host.data / "snapshots" / "second")
+    assert "snapshot first" in found["broken_snapshot"].what
+    away.rename(host.data / "snapshots" / "first")
+    assert examine() == {}
+    for snapshot in ("second", "first"):
+        assert scheduler.call("snapshot_delete", snapshot=snapshot)["state"] == "succeeded"
 
 
 def test_disks_without_a_domain_are_never_removed(fleet: Fleet, host: LabHost) -> None:

@@ -36,28 +36,29 @@ class Ledger:
         with locked(self.root / ".reserve.lock", operation=operation, wait=LOCK_WAIT, watch=watch):
             missing = max(0, needed - allocated(folder))
             require_space(self.root, missing, keep_free + self.outstanding(besides=operation))
-            replace_json(self._path(operation), {"bytes": needed, "folder": str(folder)})
+            replace_json(self.path(operation), {"bytes": needed, "folder": str(folder)})
 
     def release(self, operation: str) -> None:
         """Give back what was promised; nothing is fine."""
-        self._path(operation).unlink(missing_ok=True)
+        self.path(operation).unlink(missing_ok=True)
 
     def outstanding(self, besides: str = "") -> int:
         """Bytes promised and not written yet, except to one operation."""
-        if not self._folder.is_dir():
-            return 0
-        return sum(_left(path) for path in self._folder.glob("*.json") if path != self._path(besides))
+        return sum(left for operation, left in self.promises().items() if operation != besides)
+
+    def promises(self) -> dict[str, int]:
+        """Bytes promised and not written yet, by operation."""
+        return {unquote(path.stem): _left(path) for path in self._folder.glob("*.json")}
 
     def sweep(self, live_operations: Collection[str]) -> list[Path]:
         """Remove the promises to operations that are over."""
-        if not self._folder.is_dir():
-            return []
         swept = [path for path in self._folder.glob("*.json") if unquote(path.stem) not in live_operations]
         for path in swept:
             path.unlink(missing_ok=True)
         return swept
 
-    def _path(self, operation: str) -> Path:
+    def path(self, operation: str) -> Path:
+        """Where it is noted what is promised to an operation."""
         return self._folder / f"{quote(operation, safe='')}.json"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from worker.compute.doctor import environment, guests, leftovers
+from worker.compute.doctor import environment, guests, leftovers, stores
 from worker.compute.local import LocalHost
 from worker.errors import FleetError
 from worker.findings import Severity, Suspect, suspect
@@ -18,6 +18,9 @@ def look(local: LocalHost) -> Iterator[Suspect]:
         yield from environment.files(local)
         yield from leftovers.temporary(local.data)
         yield from leftovers.snapshots(local)
+        yield from stores.promises(local.data)
+        yield from stores.images(local.data)
+        yield from stores.damaged_snapshots(local.data)
     else:
         yield suspect(
             Severity.INFO,

@@ -31,13 +31,13 @@ def temporary(data: DataDir) -> Iterator[Suspect]:
     if not data.tmp.is_dir():
         return
     for path, operation in data.leftovers():
-        if path.name.startswith(PROBE) and _age(path) < PROBE_SECONDS:
+        if path.name.startswith(PROBE) and age(path) < PROBE_SECONDS:
             continue
         owner = f"operation {operation!r}, which is not running" if operation else "a download that nobody continues"
         yield suspect(
             Severity.WARNING,
             "temporary_file",
-            f"a temporary file of {owner} ({human_size(_size(path))})",
+            f"a temporary file of {owner} ({human_size(size(path))})",
             where=path,
             remedy="virtfleet doctor --fix removes it.",
             owners=[operation],
@@ -90,7 +90,7 @@ def _without_domain(local: LocalHost, path: Path) -> Suspect:
             owners=[path.name],
             repair=partial(_remove_empty, path),
         )
-    listed = ", ".join(f"{one.name} ({human_size(_size(one))})" for one in held)
+    listed = ", ".join(f"{one.name} ({human_size(size(one))})" for one in held)
     return suspect(
         Severity.WARNING,
         FILES_WITHOUT_DOMAIN,
@@ -121,7 +121,7 @@ def _set_aside(local: LocalHost, path: Path, uuid: str) -> Suspect:
             Severity.ERROR,
             "copy_set_aside",
             f"the copy that counts of an instance that does not run: operation {noted.operation} has set it aside and"
-            f" neither handed it over nor brought it back ({human_size(_size(path))})",
+            f" neither handed it over nor brought it back ({human_size(size(path))})",
             where=path,
             remedy=f"See what stands in the way: virtfleet operation {noted.operation}; remove that, then bring it"
             f" back: virtfleet operation retry-undo {noted.operation}",
@@ -130,7 +130,7 @@ def _set_aside(local: LocalHost, path: Path, uuid: str) -> Suspect:
     return suspect(
         Severity.INFO,
         "former_copy",
-        f"the former copy of an instance that has moved, kept until the move is confirmed ({human_size(_size(path))})",
+        f"the former copy of an instance that has moved, kept until the move is confirmed ({human_size(size(path))})",
         where=path,
         remedy=f"virtfleet migration confirm {uuid} removes it, virtfleet migration revert {uuid} goes back to it.",
         owners=[uuid],
@@ -163,11 +163,11 @@ def unknown_in(folder: InstanceDir, used: set[Path], owners: list[object]) -> It
     for path in sorted(folder.path.iterdir()):
         if path in used or _is_known(folder, path):
             continue
-        if path.name.startswith(".") and path.suffix == ".tmp":
+        if is_temporary(path):
             yield suspect(
                 Severity.WARNING,
                 "temporary_file",
-                f"an unfinished file in an instance's folder ({human_size(_size(path))})",
+                f"an unfinished file in an instance's folder ({human_size(size(path))})",
                 where=path,
                 remedy="virtfleet doctor --fix removes it.",
                 owners=owners,
@@ -177,7 +177,7 @@ def unknown_in(folder: InstanceDir, used: set[Path], owners: list[object]) -> It
             yield suspect(
                 Severity.WARNING,
                 "stray_file",
-                f"a file in an instance's folder that its domain does not use ({human_size(_size(path))})",
+                f"a file in an instance's folder that its domain does not use ({human_size(size(path))})",
                 where=path,
                 remedy="Look what it is; move it out of here, or remove it by hand.",
                 owners=owners,
@@ -202,16 +202,23 @@ def _is_uuid(name: str) -> bool:
         return False
 
 
-def _size(path: Path) -> int:
+def is_temporary(path: Path) -> bool:
+    """Whether it is what a file is called until it is whole."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
+def size(path: Path) -> int:
+    """Bytes that a file, or all that is in a folder, takes on the disk."""
     try:
         if path.is_dir():
-            return sum(_size(one) for one in path.iterdir())
+            return sum(size(one) for one in path.iterdir())
         return path.lstat().st_blocks * 512
     except FileNotFoundError:
         return 0
 
 
-def _age(path: Path) -> float:
+def age(path: Path) -> float:
+    """Seconds since it was written to."""
     try:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:
