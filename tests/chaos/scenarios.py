@@ -243,6 +243,12 @@ SCENARIOS = (
     _snapshot("incremental", *LIVE, incremental=True),
     replace(_snapshot("increment", *LIVE, incremental=True), needs_snapshot=True),
     _snapshot("cold", *COLD, method="cold"),
+    replace(
+        _snapshot("cold of one that is paused", *COLD, method="cold"),
+        before=PAUSED,
+        after=PAUSED,
+        undone=frozenset({PAUSED}),
+    ),
     replace(_snapshot("of one that is off", *LIVE), before=OFF, after=OFF, undone=frozenset({OFF})),
     Scenario(
         name="snapshot delete",
