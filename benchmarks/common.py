@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Result:
-    """Medians of the fleet and of its yardstick, and what their relation should not exceed, if anything. Milliseconds."""
+    """Medians of the fleet and of its yardstick, and what their relation should not exceed, if told. Milliseconds."""
 
     name: str
     ours: float
