@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.fleet.instances import Lab, definition, domain, domains, lab_of
+from tests.fleet.instances import Lab, definition, domain, domains, lab_of, virtual_sizes
 from tests.fleet.moves import (
     FORCE,
     arrived,
@@ -71,20 +71,23 @@ def test_all_of_it_arrives_and_confirm_removes_what_was_left(lab: Lab, name: str
     assert unmarked(definition(lab.fleet.hosts["hostb"], name)) == unmarked(xml.replace(*paths))
     assert lab.instances()[name]["host"] == "hostb"
     assert lab.instances()[name]["move"]["leftover"] == "hosta"
-    lab.done("confirm", instance=name)
+    lab.succeed("migration", "confirm", name)
     assert domains(lab.fleet.hosts["hosta"]) == {}
     assert leftovers(lab, "hosta") == []
     assert lab.instances()[name]["move"] is None
 
 
 def test_a_guest_goes_on_with_its_data_and_new_sizes(lab: Lab, name: str) -> None:
-    uuid = lab.spawn(name, "hosta", "--ephemeral", "1")
+    uuid = lab.spawn(name, "hosta", "--ephemeral", "1", "--swap", "32")
     ready = ("--wait-for", "console", "--console-line", "told")
-    lab.succeed("migrate", name, "--to", "hostb", "--vcpus", "2", "--disk", "1", "--auto-confirm", *ready)
+    sizes = ("--vcpus", "2", "--disk", "1", "--ephemeral", "2", "--swap", "16")
+    lab.succeed("migrate", name, "--to", "hostb", *sizes, "--auto-confirm", *ready)
     told = lab.wait_told("hostb", uuid, 1)
     assert "mark-of-vda!mark-of-vdb!" in told
     assert "cpus: 2" in told
     assert f"vda: {1024**3} bytes" in told
+    assert f"vdb: {2 * 1024**3} bytes" in told
+    assert virtual_sizes(lab.folder("hostb", uuid))["swap.raw"] == 16 * 1024**2
     wait_until(lambda: lab.instances()[name]["move"] is None, 60, "it is confirmed by itself")
     assert leftovers(lab, "hosta") == []
 

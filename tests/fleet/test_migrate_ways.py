@@ -17,6 +17,7 @@ from tests.fleet.moves import (
     DATA_MIB,
     FORCE,
     MIB,
+    arrived,
     begin,
     cancel,
     contents,
@@ -98,6 +99,29 @@ def test_over_nbd_a_cut_cable_is_survived_without_sending_again_what_has_arrived
     received, have = cable.received(), proven(part)
     time.sleep(22)
     cable.plug()
+    record = ended(lab, operation)
+    assert record["state"] == "succeeded", record["error"]
+    assert step(record, "copy_disk:root.qcow2")["attempt"] > 1
+    assert contents(lab.folder("hostb", uuid)) == before
+    assert cable.received() - received < 1.02 * (size - have) + 0.05 * have
+
+
+@pytest.mark.parametrize("transport", ["ssh", "nbd"])
+def test_a_killed_worker_is_survived_without_sending_again_what_has_arrived(
+    lab: Lab, name: str, transport: str
+) -> None:
+    uuid = idle(lab, name)
+    here = {"ssh": arrived, "nbd": proven}[transport]
+    cable = lab.fleet.hosts["hosta"].cable
+    assert cable
+    before, size = contents(lab.folder("hosta", uuid)), lab.folder("hosta", uuid).joinpath("root.qcow2").stat().st_size
+    operation, part = begin(lab, name, bandwidth_mib=8, transport=transport), lab.folder("hostb", uuid)
+    wait_until(lambda: here(part) > size // 2, 120, "half of it has arrived")
+    worker = lab.fleet.worker("hostb", "disk")
+    worker.kill9()
+    time.sleep(1)
+    received, have = cable.received(), here(part)
+    worker.start()
     record = ended(lab, operation)
     assert record["state"] == "succeeded", record["error"]
     assert step(record, "copy_disk:root.qcow2")["attempt"] > 1

@@ -6,7 +6,9 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
+import libvirt
 import pytest
 
 from tests.fleet.instances import Lab, definition, domain, domains, lab_of, virtual_sizes
@@ -48,6 +50,11 @@ def kept(xml: str) -> list[str]:
     return sorted(found for pattern in patterns for found in re.findall(pattern, xml))
 
 
+def disk_inodes(folder: Path) -> dict[str, int]:
+    """Which file each disk with data is."""
+    return {path.name: path.stat().st_ino for path in (*folder.glob("root.*"), *folder.glob("ephemeral*.qcow2"))}
+
+
 @pytest.mark.parametrize(
     "root", ["overlay", *(pytest.param(root, marks=pytest.mark.thorough) for root in ("copy", "raw"))]
 )
@@ -57,7 +64,7 @@ def test_the_guest_sees_its_new_sizes_and_keeps_its_data(lab: Lab, name: str, ro
     with domain(host, name) as found:
         found.setAutostart(1)
         found.setMetadata(2, "<note>mine</note>", "my", "urn:mine", 2)
-    before = definition(host, name)
+    before, inodes = definition(host, name), disk_inodes(lab.folder("hosta", uuid))
     sizes = ("--vcpus", "2", "--memory", "160", "--disk", "2", "--swap", "32", "--ephemeral", "2", "--ephemeral", "1")
     record = lab.succeed("resize", name, *sizes)
     assert record["result"]["power"] == "running"
@@ -69,6 +76,7 @@ def test_the_guest_sees_its_new_sizes_and_keeps_its_data(lab: Lab, name: str, ro
     assert f"vdc: {GIB} bytes" in told
     assert "cpus: 2" in told
     assert virtual_sizes(lab.folder("hosta", uuid))["swap.raw"] == 32 * 1024**2
+    assert inodes.items() <= disk_inodes(lab.folder("hosta", uuid)).items(), "no disk is copied"
     after = definition(host, name)
     assert set(kept(before)) <= set(kept(after))
     assert "<note>mine</note>" in after or "mine</" in after
@@ -87,6 +95,18 @@ def test_an_instance_that_is_off_stays_off(lab: Lab, name: str) -> None:
     lab.succeed("resize", name, "--disk", "1", "--memory", "96")
     assert domains(lab.fleet.hosts["hosta"])[name] is False
     assert virtual_sizes(lab.folder("hosta", uuid))["root.qcow2"] == GIB
+
+
+@pytest.mark.thorough
+def test_a_paused_guest_is_paused_again(lab: Lab, name: str) -> None:
+    uuid = lab.spawn(name, "hosta")
+    lab.succeed("power", "pause", name)
+    lab.succeed("resize", name, "--disk", "1", "--memory", "96", "--timeout", "0")
+    with domain(lab.fleet.hosts["hosta"], name) as found:
+        assert found.state()[0] == libvirt.VIR_DOMAIN_PAUSED
+    assert virtual_sizes(lab.folder("hosta", uuid))["root.qcow2"] == GIB
+    lab.succeed("power", "resume", name)
+    assert "mark-of-vda!" in lab.wait_told("hosta", uuid, 2)
 
 
 @pytest.mark.parametrize(

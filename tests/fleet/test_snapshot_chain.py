@@ -41,8 +41,14 @@ def test_a_chain_shows_each_of_its_instants(
     assert scheduler.call("snapshot_delete", snapshot="night-2")["state"] == "succeeded"
     assert virsh(host, "checkpoint-list", name, "--name").split() == ["virtfleet.night-0", "virtfleet.night-1"]
     # The checkpoint before it has taken over: the chain goes on from there.
-    assert snapshot(name, incremental=True, operation_id="night-3")["state"] == "succeeded"
-    assert snapshots(host)[-1].parent == "night-1"
+    record = snapshot(name, incremental=True, quiesce="require", operation_id="night-3")
+    assert record["state"] == "succeeded", record["error"]
+    latest = snapshots(host)[-1]
+    assert latest.parent == "night-1"
+    first, second = counters(host, latest, tmp_path)
+    assert first - second in {0, 1}
+    assert (first, second) > seen[-1]
+    assert check_file_system(host, latest, tmp_path) == ""
 
     restored = scheduler.call("snapshot_restore", snapshot="night-1", name="restored")
     try:

@@ -8,12 +8,12 @@ import pytest
 
 from tests.fleet.conftest import Spawn
 from tests.fleet.parts import Scheduler, snapshots, virsh
-from tests.fleet.writer import WRITER, counters, goes_on
+from tests.fleet.writer import WRITER, console, counters, goes_on
 from tests.lab import LabHost, wait_until
 
 
 def test_a_running_guest_goes_on_where_it_was(
-    host: LabHost, spawn: Spawn, snapshot: Spawn, real: Path, tmp_path: Path
+    host: LabHost, spawn: Spawn, snapshot: Spawn, scheduler: Scheduler, real: Path, tmp_path: Path
 ) -> None:
     guest = spawn(image=str(real), **WRITER)
     record = snapshot(guest["instance"], method="cold")
@@ -23,6 +23,13 @@ def test_a_running_guest_goes_on_where_it_was(
     assert (taken.method, taken.power, taken.consistency) == ("cold", "running", "crash")
     first, second = counters(host, taken, tmp_path)
     assert first - second in {0, 1}
+
+    restored = scheduler.call("snapshot_restore", snapshot=taken.id, name="again")
+    try:
+        assert restored["state"] == "succeeded", restored["error"]
+        wait_until(lambda: "writing" in console(host, restored), 90, "what it holds boots")
+    finally:
+        scheduler.call("destroy", instance="again")
 
 
 @pytest.mark.thorough

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fleet.conftest import Spawn
 from tests.fleet.parts import Scheduler, snapshots, virsh
-from tests.fleet.writer import WRITER, counters, goes_on
+from tests.fleet.writer import WRITER, console, counters, goes_on
 from tests.lab import Fleet, LabHost, wait_until
 
 SLOW = {"limit_mib": 4, "disks": ["vda"], "quiesce": "never"}
@@ -78,6 +78,30 @@ def test_a_cancelled_one_ends_its_job_and_leaves_nothing(
     assert virsh(host, "domjobinfo", guest["instance"]).split()[-1] == "None"
     assert not folder.exists()
     goes_on(host, guest)
+
+
+def test_a_backup_of_somebody_else_is_waited_for_and_the_guest_not_frozen_meanwhile(
+    fleet: Fleet, host: LabHost, spawn: Spawn, snapshot: Spawn, scheduler: Scheduler, real: Path, tmp_path: Path
+) -> None:
+    guest = spawn(image=str(real), **WRITER)
+    name, theirs = guest["instance"], host.data / "theirs.qcow2"
+    disks = "".join(f"<disk name='{disk}' backup='no'/>" for disk in ("vda", "vdc", "vdd"))
+    backup = tmp_path / "backup.xml"
+    backup.write_text(
+        "<domainbackup mode='push'><disks><disk name='vdb' backup='yes' type='file'>"
+        f"<target file='{theirs}'/><driver type='qcow2'/></disk>{disks}</disks></domainbackup>"
+    )
+    virsh(host, "backup-begin", name, str(backup))
+    virsh(host, "blockjob", name, "vdb", "--bandwidth", "1")
+    answer = scheduler.send("snapshot", instance=name, operation_id="ours", quiesce="require")
+    with fleet.redis.client() as redis:
+        wait_until(lambda: redis.hget("virtfleet:op:ours", "step:live_snapshot:state") == "retry", 60, "it is put off")
+    goes_on(host, guest)
+    assert "fsfreeze" not in console(host, guest)
+    virsh(host, "domjobabort", name)
+    record = answer.get(timeout=120)
+    assert record["state"] == "succeeded", record["error"]
+    theirs.unlink()
 
 
 @pytest.mark.thorough

@@ -83,9 +83,9 @@ def method(this: Taking) -> str:
             f" backups need {'.'.join(map(str, NEEDS_BACKUP))}",
             hint="Use --method mirror.",
         )
-    if this.spec.method == "auto" and this.guest.has_lost_job():
+    if this.spec.method == "mirror" or not can_back_up:
         return "mirror"
-    return "backup" if can_back_up and this.spec.method != "mirror" else "mirror"
+    return "mirror" if this.spec.method == "auto" and this.guest.has_lost_job() else "backup"
 
 
 # --- backup -----------------------------------------------------------------------------------------------------------

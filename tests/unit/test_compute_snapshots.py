@@ -1,0 +1,43 @@
+"""Which way a snapshot is taken, on a hypervisor inside this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from worker.compute.local import LocalHost, LocalInstance
+from worker.compute.snapshots import live
+from worker.compute.snapshots.taking import Taking
+from worker.context import Alone
+from worker.errors import UnsupportedByHost
+from worker.images.layout import SnapshotDir
+from worker.models import SnapshotSpec
+from worker.settings import Settings
+from worker.virt.host import Host
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    with Host.open("test:///default", name="kvm1", timeout=5) as host:
+        yield host
+
+
+def taking(host: Host, folder: Path, **wanted: object) -> Taking:
+    """A snapshot of the domain that libvirt's test driver brings along."""
+    guest = host.guests()[0]
+    instance = LocalInstance(LocalHost("kvm1", Settings()), guest.name, str(guest.uuid))
+    spec = SnapshotSpec.model_validate(wanted)
+    return Taking(instance, spec, Alone(), host, guest, SnapshotDir(folder), [])
+
+
+def test_a_libvirt_too_old_for_backups_mirrors_and_says_so_when_asked_for_one(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "NEEDS_BACKUP", (99, 2, 0))  # an old libvirt cannot be installed beside a new one
+    assert live.method(taking(host, tmp_path, method="mirror")) == "mirror"
+    assert live.method(taking(host, tmp_path)) == "mirror"
+    with pytest.raises(UnsupportedByHost, match=r"backups need 99\.2\.0") as refused:
+        live.method(taking(host, tmp_path, method="backup"))
+    assert "--method mirror" in refused.value.hint
