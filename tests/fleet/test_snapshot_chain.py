@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tests.fleet.conftest import Spawn
 from tests.fleet.parts import Scheduler, disk_of, image_info, snapshots, virsh
 from tests.fleet.writer import WRITER, check_file_system, console, counters, goes_on
 from tests.lab import Fleet, LabHost, wait_until
+from tests.lab.process import REPOSITORY
 
 
 def test_a_chain_shows_each_of_its_instants(
@@ -56,6 +59,31 @@ def test_a_chain_shows_each_of_its_instants(
         wait_until(lambda: "writing" in console(host, restored), 90, "the restored guest writes")
     finally:
         scheduler.call("destroy", instance="restored")
+
+
+ASK = """
+import sys
+import schedule
+entry = schedule.app.conf.beat_schedule[sys.argv[1]]
+schedule.app.send_task(entry["task"], kwargs=entry["kwargs"], **entry["options"])
+"""
+
+
+def test_the_example_of_a_scheduler_makes_a_chain_each_week(
+    fleet: Fleet, host: LabHost, spawn: Spawn, snapshot: Spawn
+) -> None:
+    name = spawn()["instance"]
+    told = {"VIRTFLEET_NIGHTLY": f"another {name}", "VIRTFLEET_REDIS_URL": fleet.redis.url}
+
+    def ask(entry: str) -> str:
+        before = len(snapshots(host))
+        command = [sys.executable, "-c", ASK, f"{entry}-{name}"]
+        subprocess.run(command, cwd=REPOSITORY / "deploy" / "nightly", env={**os.environ, **told}, check=True)
+        wait_until(lambda: len(snapshots(host)) > before, 60, f"the {entry} snapshot is there")
+        return snapshots(host)[-1].id
+
+    first, second, third, fourth = (ask(entry) for entry in ("weekly", "nightly", "nightly", "weekly"))
+    assert {one.id: one.parent for one in snapshots(host)} == {first: None, second: first, third: second, fourth: None}
 
 
 def test_without_its_checkpoint_the_next_one_is_full_and_says_so(host: LabHost, spawn: Spawn, snapshot: Spawn) -> None:
