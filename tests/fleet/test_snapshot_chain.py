@@ -80,7 +80,10 @@ def test_the_example_of_a_scheduler_makes_a_chain_each_week(
         command = [sys.executable, "-c", ASK, f"{entry}-{name}"]
         subprocess.run(command, cwd=REPOSITORY / "deploy" / "nightly", env={**os.environ, **told}, check=True)
         wait_until(lambda: len(snapshots(host)) > before, 60, f"the {entry} snapshot is there")
-        return snapshots(host)[-1].id
+        taken = snapshots(host)[-1].id
+        with fleet.redis.client() as client:
+            wait_until(lambda: client.hget(f"virtfleet:op:{taken}", "ended_at"), 60, "its operation has ended")
+        return taken
 
     first, second, third, fourth = (ask(entry) for entry in ("weekly", "nightly", "nightly", "weekly"))
     assert {one.id: one.parent for one in snapshots(host)} == {first: None, second: first, third: second, fourth: None}
