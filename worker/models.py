@@ -311,6 +311,8 @@ class Taken(Moment):
     """What was caught at the instant, and where it lies until it is published."""
 
     disks: tuple[TakenDisk, ...]
+    boot: str = ""
+    """Of the host: nothing of it need be on the disk before it is published. Earlier versions did not say."""
 
 
 class SnapshotDisk(Frozen):

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from worker.compute.local import LocalHost, LocalInstance
-from worker.compute.snapshots import live
-from worker.compute.snapshots.taking import Taking
+from worker.compute.snapshots import extract, live
+from worker.compute.snapshots.taking import Taking, now
 from worker.context import Alone
-from worker.errors import UnsupportedByHost
+from worker.errors import SnapshotDamaged, UnsupportedByHost
 from worker.images.layout import SnapshotDir
 from worker.models import SnapshotSpec
 from worker.settings import Settings
@@ -27,7 +27,7 @@ def host() -> Iterator[Host]:
 def taking(host: Host, folder: Path, **wanted: object) -> Taking:
     """A snapshot of the domain that libvirt's test driver brings along."""
     guest = host.guests()[0]
-    instance = LocalInstance(LocalHost("kvm1", Settings()), guest.name, str(guest.uuid))
+    instance = LocalInstance(LocalHost("kvm1", Settings(data_dir=folder)), guest.name, str(guest.uuid))
     spec = SnapshotSpec.model_validate(wanted)
     return Taking(instance, spec, Alone(), host, guest, SnapshotDir(folder), [])
 
@@ -41,3 +41,17 @@ def test_a_libvirt_too_old_for_backups_mirrors_and_says_so_when_asked_for_one(
     with pytest.raises(UnsupportedByHost, match=r"backups need 99\.2\.0") as refused:
         live.method(taking(host, tmp_path, method="backup"))
     assert "--method mirror" in refused.value.hint
+
+
+def test_what_was_caught_before_the_host_went_down_is_neither_continued_nor_published(
+    host: Host, tmp_path: Path
+) -> None:
+    """Its files look whole, and what was written to them may never have reached the disk."""
+    this = taking(host, tmp_path)
+    taken = this.caught(method="backup", taken_at=now(), power="running", consistency="crash", disks=())
+    assert this.recall() == taken
+    earlier = taken.model_copy(update={"boot": "earlier"})
+    this.folder.instant.write_text(earlier.model_dump_json())
+    assert this.recall() is None
+    with pytest.raises(SnapshotDamaged, match="started anew"):
+        extract.publish(this.instance, earlier, Alone())

@@ -10,6 +10,7 @@ import structlog
 
 from worker.compute.local import LocalHost
 from worker.images.files import locked, replace_json
+from worker.images.layout import boot
 from worker.models import Frozen
 from worker.settings import Accel
 from worker.virt.host import Host
@@ -53,7 +54,7 @@ def probe(local: LocalHost, host: Host) -> Verdict:
         if known:
             return known
         found = kvm_works(host, data.tmp, PROBE_TIMEOUT)
-        verdict = Verdict(boot=_boot(), works=found.works, reason=found.reason)
+        verdict = Verdict(boot=boot(), works=found.works, reason=found.reason)
         replace_json(memory, verdict.model_dump())
         return verdict
 
@@ -63,8 +64,4 @@ def _recall(memory: Path) -> Verdict | None:
         known = Verdict.model_validate(json.loads(memory.read_text()))
     except (FileNotFoundError, ValueError):
         return None
-    return known if known.boot == _boot() else None
-
-
-def _boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return known if known.boot == boot() else None

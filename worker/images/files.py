@@ -58,6 +58,17 @@ def write_text_durably(path: Path, text: str, mode: int = 0o644) -> None:
         publish(temporary, path)
 
 
+def write_text_atomically(path: Path, text: str, mode: int = 0o600) -> None:
+    """Replace a small file as a whole, for as long as the host is not switched off. Raises NoSpace.
+
+    Beside a copy at full speed, to make a file durable has taken 0.2 s.
+    """
+    with out_of_space_is_an_error(path.parent), temporary_beside(path) as temporary:
+        temporary.touch(mode=mode)
+        temporary.write_text(text)
+        temporary.rename(path)
+
+
 def copy_durably(source: Path, path: Path, mode: int) -> None:
     """Put a copy of a small file in a place, as a whole. Raises NoSpace."""
     with out_of_space_is_an_error(path.parent), temporary_beside(path) as temporary:

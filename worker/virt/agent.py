@@ -8,12 +8,18 @@ from contextlib import suppress
 import libvirt
 import libvirt_qemu
 
-from worker.errors import FleetError, InstanceNotFound, InvalidState
+from worker.errors import AgentUnresponsive, FleetError, HypervisorError, InstanceNotFound, InvalidState
 from worker.virt.faults import translated
 from worker.virt.guest import Guest
 
 ANSWER_WITHIN = 10
 """Seconds the agent has to freeze or thaw. A busy guest flushes its caches first; libvirt alone would wait for ever."""
+
+WINDOWS = "mswindows"
+"""A system whose freeze makes applications write their data out, too, through its shadow copies (VSS).
+
+On others the agent may run hooks that do the same, but it does not tell whether it has any.
+"""
 
 _OS_INFO = '{"execute":"guest-get-osinfo"}'
 
@@ -48,22 +54,19 @@ def relax(guest: Guest) -> None:
         _bound(guest, libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK)
 
 
-def freezes_applications(guest: Guest) -> bool:
-    """Whether a freeze also makes applications write their data out, as Windows does with its shadow copies (VSS).
+def system_of(guest: Guest, within: int) -> str | None:
+    """What the agent calls the guest's operating system, empty where it is too old to tell; `within` so many seconds.
 
-    On other systems the agent may run hooks that do the same, but it does not tell whether it has any.
+    No channel, no agent, a silent one and a guest that is off are all None.
     """
     try:
-        answer = _ask(guest, _OS_INFO)
-    except FleetError:
-        return False
-    return isinstance(answer, dict) and answer.get("id") == "mswindows"
-
-
-def _ask(guest: Guest, command: str) -> object:
-    with translated(f"ask the agent of {guest.name}", guest.host):
-        answer = libvirt_qemu.qemuAgentCommand(guest.domain, command, ANSWER_WITHIN, 0)
-    return json.loads(answer).get("return")
+        with translated(f"ask the agent of {guest.name}", guest.host):
+            answer = libvirt_qemu.qemuAgentCommand(guest.domain, _OS_INFO, within, 0)
+    except (AgentUnresponsive, InvalidState, InstanceNotFound):
+        return None
+    except HypervisorError:  # "command guest-get-osinfo has not been found": it answers
+        return ""
+    return str(json.loads(answer)["return"].get("id", ""))
 
 
 def _bound(guest: Guest, seconds: int) -> None:

@@ -66,7 +66,7 @@ def take_off(this: Taking, power: PowerState | None = None, held: float = 0.0) -
     """A guest that does not run: its disks are what there is to extract."""
     by_itself = this.guest.shut_itself_down()
     this.keep_definition()
-    taken = Taken(
+    return this.caught(
         method="cold",
         taken_at=now(),
         power=power or this.guest.power(),
@@ -75,8 +75,6 @@ def take_off(this: Taking, power: PowerState | None = None, held: float = 0.0) -
         held_seconds=round(held, 3),
         disks=tuple(this.taken_disk(disk, disk.path, format_of(disk)) for disk in this.disks),
     )
-    this.remember(taken)
-    return taken
 
 
 def restore_power(instance: LocalInstance, power: PowerState, ctx: Context) -> PowerState:

@@ -16,7 +16,7 @@ from worker.errors import SnapshotDamaged
 from worker.images import qemu_img, snapshots
 from worker.images.checksum import seal
 from worker.images.files import allocated_size
-from worker.images.layout import SnapshotDir
+from worker.images.layout import SnapshotDir, boot
 from worker.images.qcow2 import virtual_size
 from worker.images.reserve import Ledger
 from worker.images.sparse import punch_holes
@@ -92,6 +92,7 @@ def publish(instance: LocalInstance, taken: Taken, ctx: Context) -> Snapshot:
     snapshot = published(instance, ctx)
     if snapshot is None:
         folder = data.unfinished_snapshot(ctx.operation)
+        _require_this_boot(instance, taken)
         sums = _verified(taken, ctx, instance.local.settings.stall_timeout)
         for disk in taken.disks:
             os.chown(disk.path, os.geteuid(), os.getegid())  # a backup's file belongs to QEMU's user
@@ -101,6 +102,15 @@ def publish(instance: LocalInstance, taken: Taken, ctx: Context) -> Snapshot:
         snapshots.publish(data, snapshot)
     Ledger(data.root).release(ctx.operation)
     return snapshot
+
+
+def _require_this_boot(instance: LocalInstance, taken: Taken) -> None:
+    """What was written before the host went down need not be on its disks, and looks as if it were."""
+    if taken.boot not in {"", boot()}:
+        raise SnapshotDamaged(
+            f"host {instance.local.name} was started anew while the snapshot was taken, which was not on its disk yet",
+            hint="Take it again.",
+        )
 
 
 def _verified(taken: Taken, ctx: Context, stall: float) -> dict[Path, str]:
@@ -139,7 +149,7 @@ def _manifest(
         for disk in taken.disks
     )
     return Snapshot(
-        **taken.model_dump(exclude={"disks"}),
+        **taken.model_dump(exclude={"disks", "boot"}),
         id=ctx.operation,
         instance=instance.name,
         instance_uuid=instance.uuid,

@@ -22,7 +22,7 @@ from worker.images.layout import SnapshotDir
 from worker.models import Consistency, PowerState
 from worker.virt import agent
 
-PING_WITHIN = 2.0
+PING_WITHIN = 2
 """Seconds the agent has to show that it is there, while the guest runs on."""
 
 LET_GO_WITHIN = 60.0
@@ -56,7 +56,7 @@ def held(taking: Taking, *, pause: bool = False) -> Iterator[Hold]:
     Raises QuiesceFailed when the request demands a freeze and nothing could be frozen.
     """
     hold = Hold()
-    obstacle = _obstacle(taking)
+    obstacle = _obstacle(taking, hold)
     if obstacle:
         _accept(taking, hold, obstacle)
     intent = Intent(
@@ -70,7 +70,6 @@ def held(taking: Taking, *, pause: bool = False) -> Iterator[Hold]:
         yield hold
         return
     _put_down(taking, intent)
-    hold.applications = intent.frozen and agent.freezes_applications(taking.guest)
     began = time.monotonic()
     try:
         if intent.frozen:
@@ -109,13 +108,15 @@ def _freeze(taking: Taking, hold: Hold) -> None:
         _accept(taking, hold, "its agent found no file system that is mounted from a disk")
 
 
-def _obstacle(taking: Taking) -> str:
-    """Why the guest cannot be frozen now, or is not to be."""
+def _obstacle(taking: Taking, hold: Hold) -> str:
+    """Why the guest cannot be frozen now, or is not to be; notes what a freeze will be worth."""
     if taking.spec.quiesce == "never":
         return "not asked for"
     if (power := taking.guest.power()) is not PowerState.RUNNING:
         return f"the guest is {power}"
-    return "" if taking.guest.agent_answers(PING_WITHIN) else "the guest's agent does not answer"
+    system = agent.system_of(taking.guest, PING_WITHIN)
+    hold.applications = system == agent.WINDOWS
+    return "the guest's agent does not answer" if system is None else ""
 
 
 def _accept(taking: Taking, hold: Hold, obstacle: str) -> None:

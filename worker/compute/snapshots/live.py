@@ -127,7 +127,7 @@ def _begin_backup(this: Taking, job: BackupJob) -> Taken:
         if hold.frozen:
             job.limit(dict.fromkeys(this.targets, CRAWL))
     job.limit({disk: speeds.get(disk, UNLIMITED) for disk in this.targets})
-    taken = Taken(
+    return this.caught(
         method="backup",
         taken_at=moment,
         power=power,
@@ -136,8 +136,6 @@ def _begin_backup(this: Taking, job: BackupJob) -> Taken:
         checkpoint=link.checkpoint,
         disks=disks,
     )
-    this.remember(taken)
-    return taken
 
 
 def _make_targets(this: Taking) -> tuple[TakenDisk, ...]:
@@ -186,9 +184,7 @@ def _by_mirror(this: Taking) -> Taken:
         moment = now()
     disks = tuple(this.taken_disk(disk, this.folder.taken(disk.target), "qcow2") for disk in this.disks)
     notes = [OUT_OF_CHAIN] * this.spec.incremental
-    taken = Taken(method="mirror", taken_at=moment, power=power, **_achieved(hold, *notes), disks=disks)
-    this.remember(taken)
-    return taken
+    return this.caught(method="mirror", taken_at=moment, power=power, **_achieved(hold, *notes), disks=disks)
 
 
 def _begin_mirror(this: Taking, disk: GuestDisk, job: MirrorJob, limit: int | None) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -14,8 +15,8 @@ from worker.compute.local import LocalInstance, require_ours
 from worker.context import Context
 from worker.errors import InvalidSpec, SnapshotExists, UnsupportedByHost
 from worker.images import snapshots
-from worker.images.files import copy_durably, temporary_beside, write_text_durably
-from worker.images.layout import SnapshotDir
+from worker.images.files import copy_durably, write_text_atomically
+from worker.images.layout import SnapshotDir, boot
 from worker.images.qcow2 import virtual_size
 from worker.models import DiskFormat, Frozen, GuestDisk, Snapshot, SnapshotSpec, Taken, TakenDisk
 from worker.virt.domain_xml import parse_nvram
@@ -41,29 +42,26 @@ class Taking:
         return [disk.target for disk in self.disks]
 
     def recall(self) -> Taken | None:
-        """What an earlier attempt caught, if it got as far as that."""
+        """What an earlier attempt caught, if it got as far as that since the host was started."""
         try:
-            return Taken.model_validate_json(self.folder.instant.read_bytes())
+            known = Taken.model_validate_json(self.folder.instant.read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
+        return known if known.boot == boot() else None
 
     def keep_definition(self) -> None:
         """Keep the guest's definition and UEFI variables as they are now."""
         xml = self.guest.xml(inactive=True)
-        write_text_durably(self.folder.definition, xml, mode=0o600)
+        write_text_atomically(self.folder.definition, xml)
         nvram = parse_nvram(xml)
         if nvram and nvram.exists():
             copy_durably(nvram, self.folder.nvram, mode=0o400)
 
-    def remember(self, taken: Taken) -> None:
-        """Keep what was caught, for whoever takes over from a dead worker.
-
-        It need not outlast the host's power, as no job does: beside one, to make a file durable took 0.2 s.
-        """
-        with temporary_beside(self.folder.instant) as temporary:
-            temporary.touch(mode=0o600)
-            temporary.write_text(taken.model_dump_json())
-            temporary.rename(self.folder.instant)
+    def caught(self, **facts: Any) -> Taken:
+        """Put down what was caught, for whoever takes over from a dead worker; no job outlasts the host's power."""
+        taken = Taken(boot=boot(), **facts)
+        write_text_atomically(self.folder.instant, taken.model_dump_json())
+        return taken
 
     def taken_disk(self, disk: GuestDisk, path: Path, form: DiskFormat) -> TakenDisk:
         """A disk's content at `path`, in `form`."""
@@ -157,7 +155,7 @@ class Intent(Frozen):
 
 def note_intent(folder: SnapshotDir, intent: Intent) -> None:
     """Put down what is about to be done to the guest, for whoever has to take it back."""
-    write_text_durably(folder.intent, intent.model_dump_json())
+    write_text_atomically(folder.intent, intent.model_dump_json())
 
 
 def intent_of(folder: SnapshotDir) -> Intent | None:
