@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from uuid import uuid5
 
 from worker.engine import deferred
+from worker.engine.requests import NAMESPACE, is_operation_id
 from worker.models import Instance
 
 
@@ -17,4 +19,9 @@ def confirm_when_due(instance: Instance) -> None:
     if move is not None and move.confirm_at is not None:
         request = {"instance": instance.name, "migration": move.operation, "wait_if_busy": True}
         seconds = max(0.0, move.confirm_at - time.time())
-        deferred.defer(f"confirm-{move.operation}", "virtfleet.confirm", request, seconds)
+        deferred.defer(_confirmation_of(move.operation), "virtfleet.confirm", request, seconds)
+
+
+def _confirmation_of(operation: str) -> str:
+    plain = f"confirm-{operation}"
+    return plain if is_operation_id(plain) else f"confirm-{uuid5(NAMESPACE, operation)}"  # ids have a longest length

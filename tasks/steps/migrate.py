@@ -16,7 +16,6 @@ from worker.compute.cargo import Cargo, Fingerprint
 from worker.compute.departure import Departure, Handover
 from worker.compute.local import LocalInstance
 from worker.compute.power import PowerChange
-from worker.compute.resize import RUNS
 from worker.engine.patience import patiently
 from worker.engine.record import StepState
 from worker.engine.retries import FINISH_RETRIES, Retries
@@ -24,7 +23,7 @@ from worker.engine.step import step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
 from worker.images.remote import Copying
-from worker.models import Frozen, Instance
+from worker.models import Frozen, Instance, PowerState
 
 if TYPE_CHECKING:
     from tasks.migrate import ConfirmRequest, MigrateRequest, RevertRequest
@@ -155,7 +154,7 @@ def define_destination(ctx: StepContext, request: MigrateRequest) -> None:
 def start_destination(ctx: StepContext, request: MigrateRequest) -> None:
     """Start the guest, if it ran before, and wait until it is as far as the request wants it."""
     instance = local_instance(ctx)
-    if arrival.start(instance, ctx.result(describe_source), ctx) in RUNS:
+    if arrival.start(instance, ctx.result(describe_source), ctx) is PowerState.RUNNING:
         provision.wait_ready(instance, request.readiness(), ctx)
 
 
@@ -274,7 +273,7 @@ def _set_aside_again(ctx: StepContext) -> dict[str, str]:
 def start_source(ctx: StepContext, request: RevertRequest) -> None:
     """Start the guest, if it ran before it left, and wait until it is as far as the request wants it."""
     instance = local_instance(ctx)
-    if arrival.start(instance, ctx.result(prove_source).departure, ctx) in RUNS:
+    if arrival.start(instance, ctx.result(prove_source).departure, ctx) is PowerState.RUNNING:
         provision.wait_ready(instance, request.readiness(), ctx)
 
 

@@ -88,6 +88,7 @@ def describe(
         guest = host.guest(instance.uuid)
         require_ours(guest)
         power, spec = _require_movable(instance, guest), require_spec(instance)
+        disks.require_no_others(guest, folder, spec)
         before, root = Sizes.of(spec), disks.root(folder)
         base = root.backing
         refuse_shrinking(ResizePlan(before=before, after=wanted.after(before), power=power), root.virtual_size)

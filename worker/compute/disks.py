@@ -7,15 +7,33 @@ from pathlib import Path
 
 from worker.compute.provision import disk_target, ephemeral_disk, plain_disk
 from worker.context import Context
+from worker.errors import UnsupportedByHost
 from worker.images import qemu_img
 from worker.images.layout import InstanceDir
 from worker.images.qcow2 import read_header
 from worker.models import GIB, Disk, DiskSet, InstanceSpec
+from worker.virt.guest import Guest
 
 
 def present(folder: InstanceDir, spec: InstanceSpec) -> DiskSet:
     """The disks that are there, with the roles and targets that `spec` gives them. Raises `InvalidState`."""
     return _with_others(folder, spec, kept(folder, spec))
+
+
+def require_no_others(guest: Guest, folder: InstanceDir, spec: InstanceSpec) -> None:
+    """Raise `UnsupportedByHost` where the domain has a disk that is none of its instance's, now or when it starts next.
+
+    A resize and a move give it those of its instance: what somebody has attached, or the overlay of a snapshot that
+    libvirt was asked for, would be left behind with what the guest has written there.
+    """
+    known = {disk.target: disk.path.resolve() for disk in present(folder, spec).disks}
+    for target, path in sorted(guest.disk_sources(), key=str):
+        if path is None or known.get(target) != path.resolve():
+            raise UnsupportedByHost(
+                f"disk {target} of {guest.name} is {path or 'not in a file'}, which the fleet did not give it",
+                hint=f"Detach it (virsh detach-disk {guest.name} {target}), or, where it is the overlay of a snapshot,"
+                f" merge it first: virsh blockcommit {guest.name} {target} --active --pivot --wait",
+            )
 
 
 def _with_others(folder: InstanceDir, spec: InstanceSpec, data: list[Disk]) -> DiskSet:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 
 import structlog
 
@@ -67,7 +68,8 @@ class Before(Frozen):
 def plan(instance: LocalInstance, wanted: NewSizes, ctx: Context) -> Plan:
     """What there is to do; refuses what cannot be done.
 
-    Raises `InvalidSpec` (a disk would shrink or go), `InvalidState` (memory is saved), `NoSpace`, `NotOurs`.
+    Raises `InvalidSpec` (a disk would shrink or go), `InvalidState` (memory is saved), `NoSpace`, `NotOurs`,
+    `UnsupportedByHost` (it has other disks than the fleet gave it).
     """
     ctx.check()
     spec = require_spec(instance)
@@ -76,6 +78,7 @@ def plan(instance: LocalInstance, wanted: NewSizes, ctx: Context) -> Plan:
         require_ours(guest)
         power = guest.power()
         _refuse_saved(instance, power)
+        disks.require_no_others(guest, instance.folder, spec)
         before = Sizes.of(spec)
         found = Plan(before=before, after=wanted.after(before), power=power)
         if found.after.vcpus > before.vcpus:
@@ -201,12 +204,13 @@ def revert(instance: LocalInstance, ctx: Context) -> None:
 
 
 def _restore_disks(folder: InstanceDir, before: Before, ctx: Context) -> None:
-    for path in (*folder.path.glob("root.*"), *folder.path.glob("ephemeral*.qcow2")):
-        size = before.disks.get(path.name)
-        if size is None:
-            path.unlink()
-        elif (disk := disks.read(path)).virtual_size > size:
-            qemu_img.shrink(path, disk.format, size)
+    for disk in disks.kept(folder, before.spec):
+        if disk.virtual_size > before.disks[disk.path.name]:
+            qemu_img.shrink(disk.path, disk.format, before.disks[disk.path.name])
+    for index in count(len(before.spec.ephemeral_gib)):
+        if not folder.ephemeral(index).exists():
+            break
+        folder.ephemeral(index).unlink()  # made by this resize; what else somebody put into the folder stays
     if not before.spec.swap_mib:
         folder.swap.unlink(missing_ok=True)
     elif not bring_back_former(folder.swap) and size_of(folder.swap) != before.spec.swap_mib * MIB:

@@ -175,17 +175,19 @@ class Registry:
     def replace(self, host: str, present: list[Instance], since: float) -> None:
         """Make the entries of one host equal to what was found there by a look that began at `since`.
 
-        What steps on the host entered after that is newer than the look, and stays. (Both read the host's clock.) So
-        does what an operation owns: it may be on its way from one host to another, and on neither for a moment.
+        What was entered after that is newer than the look, and stays. So does what an operation owns: it may be on its
+        way from one host to another, and on neither or on both for a moment.
         """
         known = {instance.name: instance for instance in self.instances()}
-        newer = {name for name, instance in known.items() if instance.host == host and instance.updated_at >= since}
+        newer = {name for name, instance in known.items() if instance.updated_at >= since}
         names = {instance.name for instance in present}
         for name, instance in known.items():
             if instance.host == host and name not in names | newer and not self._is_claimed(name):
                 self.forget(name, instance.uuid)
         for instance in present:
-            if instance.name not in newer:
+            there = known.get(instance.name)
+            moves = there is not None and there.host != host and self._is_claimed(instance.name)
+            if instance.name not in newer and not moves:
                 self.put(instance)
 
     def _is_claimed(self, name: str) -> bool:

@@ -232,4 +232,5 @@ def _progress_of(total: int | None) -> Callable[[str], Progress | None]:
 
 
 def _at(peer: Peer, path: Path) -> str:
-    return f"{peer.address}:{path}"
+    address = f"[{peer.address}]" if ":" in peer.address else peer.address  # IPv6
+    return f"{address}:{path}"

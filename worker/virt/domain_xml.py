@@ -179,6 +179,13 @@ def _guest_disk(disk: _Element) -> GuestDisk:
     )
 
 
+def disk_source(disk: _Element) -> tuple[str, Path | None]:
+    """Target and file of a disk; None for one that does not lie in a file."""
+    target, source = disk.find("target"), disk.find("source[@file]")
+    name = "" if target is None else str(target.get("dev"))
+    return name, None if source is None else Path(str(source.get("file")))
+
+
 def parse_nvram(xml: str) -> Path | None:
     """The file with a guest's UEFI variables, if it has one."""
     path = parse(xml).findtext("./os/nvram")

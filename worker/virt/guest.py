@@ -34,6 +34,7 @@ from worker.virt.domain_xml import (
     NAMESPACE,
     PREFIX,
     accel_of,
+    disk_source,
     owner_xml,
     parse,
     parse_disks,
@@ -220,6 +221,11 @@ class Guest:
         trees = [parse(self.xml()), parse(self.xml(inactive=True))]
         sources = [source for tree in trees for source in tree.iterfind("./devices/disk//source[@file]")]
         return {Path(str(source.get("file"))) for source in sources}
+
+    def disk_sources(self) -> set[tuple[str, Path | None]]:
+        """Target and file of every disk, now and when it starts next; None for what does not lie in a file."""
+        trees = [parse(self.xml()), parse(self.xml(inactive=True))]
+        return {disk_source(disk) for tree in trees for disk in tree.iterfind("./devices/disk")}
 
     def disks(self) -> list[GuestDisk]:
         """The disks in files, as the guest uses them now, or will when it is started."""
