@@ -86,7 +86,18 @@ class Decision(ExistingInstance):
 
 
 class ConfirmRequest(Decision):
-    """Keep the instance where it is, and remove the copy it left behind."""
+    """Keep the instance where it is, and remove the copy it left behind.
+
+    With `source_gone` that copy is not removed: the host that has it does not come back.
+    """
+
+    source_gone: bool = False
+
+    def can_wait(self, fleet: Registry) -> bool:
+        """While the host that was left is away, the instance would be busy until it comes back."""
+        found = fleet.find(self.instance)
+        move = found.move if found else None
+        return move is not None and not self.source_gone and "disk" not in fleet.alive(move.leftover)
 
 
 class RevertRequest(Decision, Shutdown, Ready):
@@ -126,11 +137,8 @@ def _lent(op: Operation[MigrateRequest], what: str) -> list[Any]:
 @operation("virtfleet.confirm", ConfirmRequest)
 def confirm(op: Operation[ConfirmRequest]) -> Canvas:
     """Confirm a move: remove the copy that was left behind."""
-    return chain(
-        steps.prove_here.on(op),
-        steps.remove_leftover.on(op, host=op.details["leftover"]),
-        steps.settle.on(op),
-    )
+    removed = [] if op.request.source_gone else [steps.remove_leftover.on(op, host=op.details["leftover"])]
+    return chain(steps.prove_here.on(op), *removed, steps.settle.on(op))
 
 
 @operation("virtfleet.revert", RevertRequest)

@@ -55,7 +55,8 @@ def describe_source(ctx: StepContext, request: MigrateRequest) -> Departure:
 def preflight(ctx: StepContext, request: MigrateRequest) -> arrival.Place:
     """Refuse what the destination cannot do; see whether it shares the source's storage; reserve space."""
     peer, how = ctx.registry.peer(ctx.record.host), _how(ctx, request)
-    return arrival.preflight(local_instance(ctx), ctx.result(describe_source), peer, ctx, how=how)
+    leaving = ctx.result(describe_source)
+    return arrival.preflight(local_instance(ctx), leaving, peer, ctx, how=how, flatten=request.flatten)
 
 
 @step("prepare_destination", queue="disk", retries=COPY_RETRIES)
@@ -346,4 +347,5 @@ def undo_set_aside(ctx: StepContext, name: str, uuid: str) -> None:
 @undoes("set_aside_again")
 def undo_return(ctx: StepContext, name: str, uuid: str, migration: str, counts: str) -> None:
     """Set the copy aside again that a revert had brought back."""
-    departure.set_aside_again(LocalInstance(local_host(ctx), name, uuid), migration, counts, ctx)
+    ran = ctx.record.steps["start_source"].state is not StepState.PENDING
+    departure.set_aside_again(LocalInstance(local_host(ctx), name, uuid), migration, counts, ctx, ran=ran)

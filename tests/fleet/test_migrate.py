@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
+import libvirt
 import pytest
 
 from tests.fleet.instances import Lab, definition, domain, domains, lab_of, virtual_sizes
@@ -29,7 +32,7 @@ from tests.fleet.moves import (
     unmarked,
     write,
 )
-from tests.fleet.parts import idle_image
+from tests.fleet.parts import idle_image, qemu_img, virsh
 from tests.lab import lab_folder, wait_until
 from worker.context import Alone
 from worker.images.files import available_space
@@ -111,6 +114,64 @@ def test_a_revert_waits_for_the_boot_that_it_begins(lab: Lab, name: str) -> None
     lab.succeed("migration", "revert", name, "--timeout", "0", *ready)
     assert lab.boots("hosta", uuid) == 1
     assert "told" in (lab.folder("hosta", uuid) / "console.log.former").read_text(errors="replace")
+
+
+def test_a_revert_that_was_undone_after_the_guest_ran_can_be_repeated(lab: Lab, name: str) -> None:
+    uuid = lab.spawn(name, "hosta")  # it writes to its disk at each boot
+    lab.done("migrate", instance=name, to="hostb", **FORCE)
+    in_vain = {"wait_for": "console", "console_line": "nobody says this", "ready_timeout": 12}
+    undone = lab.call("revert", instance=name, **FORCE, **in_vain)
+    assert undone["state"] == "failed"
+    assert (domains(lab.fleet.hosts["hosta"]), domains(lab.fleet.hosts["hostb"])) == ({name: False}, {name: True})
+    assert lab.instances()[name]["host"] == "hostb"
+    lab.done("revert", instance=name, **FORCE)
+    assert domains(lab.fleet.hosts["hosta"]) == {name: True}
+    assert "mark-of-vda!" in lab.wait_told("hosta", uuid, 1)
+
+
+def test_a_move_from_a_host_that_is_lost_can_be_settled(lab: Lab, name: str) -> None:
+    uuid = idle(lab, name)
+    lab.done("migrate", instance=name, to="hostb", **FORCE)
+    lost = [lab.fleet.worker("hosta", kind) for kind in ("control", "disk")]
+    for worker in lost:
+        worker.kill9()
+    try:
+        lab.succeed("migration", "confirm", name, "--source-gone")
+        assert lab.instances()[name]["move"] is None
+        lab.succeed("power", "off", name, "--timeout", "0")
+    finally:
+        for worker in lost:
+            worker.start()
+    aside = lab.folder("hosta", f"{uuid}_resize")
+    told = {one["code"]: one for one in lab.run("doctor", "--host", "hosta").record["findings"]}
+    assert told["former_copy"]["where"] == str(aside)
+    assert f"rm -r {aside}" in told["former_copy"]["remedy"]
+    with domain(lab.fleet.hosts["hosta"], name) as found:
+        found.undefine()
+    shutil.rmtree(aside)
+
+
+def test_a_guest_with_disks_that_are_not_the_fleets_is_neither_moved_nor_resized(lab: Lab, name: str) -> None:
+    """They would be left behind: an overlay holds all that the guest has written since it was made."""
+    uuid = idle(lab, name)
+    host = lab.fleet.hosts["hosta"]
+    with domain(host, name) as found:
+        before = found.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    virsh(host, "snapshot-create-as", name, "s1", "--disk-only", "--no-metadata")
+    overlay = lab.folder("hosta", uuid) / "root.s1"
+    assert overlay.exists()
+    for operation, how in (("migrate", {"to": "hostb"}), ("resize", {"memory_mib": 96})):
+        refused = lab.call(operation, instance=name, **how, **FORCE)
+        assert refused["error"]["code"] == "unsupported_by_host"
+        assert str(overlay) in refused["error"]["message"]
+    assert domains(host) == {name: True}
+    assert overlay.exists()
+    lab.done("power_off", instance=name, **FORCE)
+    qemu_img("commit", "-f", "qcow2", str(overlay))
+    with closing(libvirt.open(host.uri)) as connection:
+        connection.defineXML(before)
+    overlay.unlink()
+    lab.done("migrate", instance=name, to="hostb", **FORCE)
 
 
 @pytest.mark.thorough

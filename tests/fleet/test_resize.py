@@ -135,6 +135,7 @@ def test_what_cannot_be_is_refused_while_the_guest_runs_on(lab: Lab, name: str, 
 def test_a_size_that_cannot_start_is_taken_back_and_the_guest_runs_as_before(lab: Lab, name: str) -> None:
     uuid = lab.spawn(name, "hosta", "--ephemeral", "1", "--swap", "64", "--disk", "1")
     host, folder = lab.fleet.hosts["hosta"], lab.folder("hosta", uuid)
+    (folder / "root.qcow2.bak").write_text("somebody's own")
     before, sizes, spec = definition(host, name), virtual_sizes(folder), (folder / "instance.json").read_text()
     # 4 TiB cannot be had: QEMU ends as it starts.
     huge = ("--memory", str(64 * 1024 * 1024))
@@ -144,6 +145,7 @@ def test_a_size_that_cannot_start_is_taken_back_and_the_guest_runs_as_before(lab
     assert "mark-of-vda!" in lab.wait_told("hosta", uuid, 2)
     assert virtual_sizes(folder) == sizes
     assert json.loads((folder / "instance.json").read_text())["spec"] == json.loads(spec)["spec"]
+    assert (folder / "root.qcow2.bak").read_text() == "somebody's own"
     strip = re.compile(r"<virtfleet:instance [^>]*>")
     assert strip.sub("", definition(host, name)) == strip.sub("", before)
 

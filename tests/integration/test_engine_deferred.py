@@ -9,7 +9,7 @@ from worker.engine import deferred, keys
 from worker.engine.journal import Journal
 from worker.engine.record import State
 from worker.engine.registry import HostRecord, registry
-from worker.models import Instance, PowerState
+from worker.models import Instance, Move, PowerState
 
 KIND = "virtfleet.power_on"
 
@@ -63,3 +63,17 @@ def test_one_that_this_version_does_not_know_is_put_off_and_holds_up_nobody(jour
     deferred.submit_due(journal.redis, 10)
     assert journal.read("op-right").state is State.QUEUED
     assert journal.redis.zrange(keys.DEFERRED, 0, -1) == ["op-strange", "op-unknown"]
+
+
+def test_a_confirmation_waits_for_the_host_that_was_left(journal: Journal) -> None:
+    move = Move(operation="op-move", authoritative="hosta", leftover="hostb", shared=False)
+    uuid = uuid4()
+    registry().put(Instance(name="web", uuid=uuid, host="hosta", power=PowerState.OFF, move=move))
+    deferred.defer("op-confirm", "virtfleet.confirm", {"instance": "web"}, 0.0)
+    deferred.submit_due(journal.redis, 10)
+    assert journal.find("op-confirm") is None, "the instance is not kept busy by a host that is away"
+    assert journal.redis.zcount(keys.DEFERRED, journal.now(), "+inf") == 1
+    registry().heartbeat("hostb", "disk", {})
+    journal.redis.zadd(keys.DEFERRED, {"op-confirm": 0})
+    deferred.submit_due(journal.redis, 10)
+    assert journal.read("op-confirm").state is State.QUEUED

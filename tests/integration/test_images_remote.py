@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +68,35 @@ def test_what_is_there_is_not_sent_again(
     assert target.stat().st_blocks <= 1.05 * source.stat().st_blocks
     rest = sum(max(0, (start + 4) * MIB + 4096 - max(kept, start * MIB + 4096)) for start in (0, 5, 20, 50))
     assert host.cable.received() - before < rest * 1.1 + MIB
+
+
+@pytest.mark.parametrize(("room", "most"), [(4096 * MIB, 1984 * MIB), (1024 * MIB, 32 * MIB)])
+def test_the_rest_of_an_empty_disk_does_not_take_its_full_size(
+    host: LabHost, peer: Peer, copying: remote.Copying, monkeypatch: pytest.MonkeyPatch, room: int, most: int
+) -> None:
+    """rsync writes zeros where it continues. How much of them lies there at a time depends on how busy this host is."""
+    monkeypatch.setattr(remote, "available_space", lambda _: room)
+    source, target, total = host.data / "empty.raw", copying.slots / "target", 2048 * MIB
+    source.write_bytes(os.urandom(4 * MIB))
+    os.truncate(source, total)
+    shutil.copy(source, target)
+    os.truncate(target, 2 * MIB)
+    taken, ended = [0], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.01):
+            taken.append(target.stat().st_blocks * 512)
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        try:
+            remote.fetch(peer, source, target, copying, Alone(), total=total)
+        finally:
+            ended.set()
+        looking.result()
+    assert digest(target) == digest(source)
+    assert target.stat().st_blocks <= 1.05 * source.stat().st_blocks
+    assert max(taken) < most
 
 
 def test_a_host_whose_key_is_not_known_gets_no_connection(

@@ -44,9 +44,16 @@ def migrate(
 
 @app.command()
 @grouped
-def confirm(instance: Instance, call: Call) -> None:
+def confirm(
+    instance: Instance,
+    source_gone: Annotated[
+        bool, typer.Option("--source-gone", help="The host that was left does not come back: nothing is removed there.")
+    ] = False,
+    *,
+    call: Call,
+) -> None:
     """Keep the instance where it is, and remove the copy that it left behind."""
-    call.submit(ConfirmRequest, instance=instance)
+    call.submit(ConfirmRequest, instance=instance, source_gone=source_gone)
 
 
 @app.command()

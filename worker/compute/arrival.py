@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 
 from worker.compute import accel, disks
 from worker.compute.cargo import Cargo, Part, discard_arriving
@@ -81,7 +82,9 @@ class Copied(Frozen):
 # --- before the guest is stopped --------------------------------------------------------------------------------------
 
 
-def preflight(instance: LocalInstance, departure: Departure, peer: Peer, ctx: Context, *, how: Copying) -> Place:
+def preflight(
+    instance: LocalInstance, departure: Departure, peer: Peer, ctx: Context, *, how: Copying, flatten: bool = False
+) -> Place:
     """Refuse, while the guest still runs at home, what this host cannot do; reserve the space it will need.
 
     Raises `InstanceExists`, `NetworkNotFound`, `UnsupportedByHost`, `InvalidSpec`, `NoSpace`,
@@ -98,6 +101,8 @@ def preflight(instance: LocalInstance, departure: Departure, peer: Peer, ctx: Co
                 hint="Resize before or after the move: virtfleet resize",
                 field="to",
             )
+        if flatten:
+            raise InvalidSpec("flatten: allowed: no, on shared storage, where no disk is copied", field="flatten")
         if peer.data_dir != local.data.root:
             raise UnsupportedByHost(
                 f"host {local.name} has the storage of host {peer.name} at {local.data.root}, not at {peer.data_dir}",
@@ -145,9 +150,9 @@ def sees_our_storage(instance: LocalInstance, departure: Departure, ctx: Context
 def _reserve(instance: LocalInstance, departure: Departure, ctx: Context) -> int:
     """Have the space promised that is needed, the base image's included if it is not here; bytes."""
     data = instance.local.data
-    # Flattened, the root disk takes what its base takes besides its own; that is as much as the base itself would.
     has_base = departure.base is None or (not departure.flatten and (data.images / departure.base).exists())
-    needed = departure.allocated + (0 if has_base else departure.base_allocated) + METADATA_BYTES
+    # Its base comes too, or it is flattened, and then takes more than both where the base is compressed.
+    needed = departure.allocated + (0 if has_base else max(departure.base_allocated, departure.flat)) + METADATA_BYTES
     Ledger(data.root).reserve(ctx.operation, needed, instance.folder.path, instance.local.settings.reserve_bytes, ctx)
     return needed
 
@@ -248,12 +253,13 @@ def verify(
                 continue
             verified = folder.verified(name)
             if not verified.exists():
+                _require_here(folder.partial(name), instance.local.name)
                 publish(folder.partial(name), verified, ctx)
             if cargo.base and name == "root.qcow2":
                 base = image_cache(instance.local).require(cargo.base.partition(".")[0])
                 qemu_img.rebase_unsafely(verified, str(base.path), base.format)
             publish(verified, folder.path / name)
-        for beside in folder.path.glob(".*.part.*"):
+        for beside in folder.path.glob(".*.part*"):  # those of an earlier boot, too
             beside.unlink()
         old = require_spec(instance)
         spec = departure.sizes.on(old)
@@ -261,6 +267,14 @@ def verify(
         if size_of(folder.spec):
             replace_json(folder.spec, {"spec": spec.model_dump(mode="json"), "operation": ctx.operation})
     release(instance.local.data, ctx.operation)
+
+
+def _require_here(path: Path, host: str) -> None:
+    if not path.exists():
+        raise InvalidState(
+            f"host {host} was started anew after {path} had arrived: it need not have been on its disk yet",
+            hint="Migrate it again.",
+        )
 
 
 def remove_arrival(instance: LocalInstance, ctx: Context) -> None:

@@ -17,6 +17,7 @@ from worker.compute.resize import Plan as ResizePlan
 from worker.compute.resize import refuse_shrinking, require_spec
 from worker.context import Alone, Context
 from worker.errors import ChecksumMismatch, InternalError, InvalidState, UnsupportedByHost
+from worker.images import qemu_img
 from worker.images.checksum import checksum_of, is_current
 from worker.images.files import (
     allocated_size,
@@ -38,7 +39,8 @@ NOTHING_NEW = NewSizes()
 class Departure(Frozen):
     """What leaves: the domain as it was defined, what it did, and its files with their lengths while it still ran.
 
-    `base` is the image in the host's cache that the root disk stands on; with `flatten` it is to stand alone there.
+    `base` is the image in the host's cache that the root disk stands on; with `flatten` it is to stand alone there,
+    and `flat` is what it takes then at most.
     `probe` is what its directory was marked with. Sizes in bytes.
     """
 
@@ -51,6 +53,7 @@ class Departure(Frozen):
     base: str | None
     base_size: int = 0
     base_allocated: int = 0
+    flat: int = 0
     flatten: bool = False
     sizes: Sizes
     resized: bool
@@ -114,6 +117,7 @@ def describe(
             base=base.name if base else None,
             base_size=base.stat().st_size if base else 0,
             base_allocated=allocated_size(base) if base else 0,
+            flat=qemu_img.measure(root.path, root.format, root.format) if base else 0,
             flatten=flatten,
             sizes=wanted.after(before),
             resized=wanted.after(before) != before,
@@ -188,7 +192,7 @@ def put_back(instance: LocalInstance, ctx: Context, *, keep_note: bool = False) 
         forget_former(_note_of(instance))
         return None  # this operation has not come to setting it aside
     with instance.owned(ctx) as folder, instance.local.libvirt() as host:
-        folder.flat.unlink(missing_ok=True)
+        folder.forget_flat()
         guest = host.find_uuid(instance.uuid) or host.restore(handover.departure.xml, instance.owner(ctx))
         guest.claim(instance.owner(ctx))
         guest.set_autostart(enabled=handover.departure.autostart)
@@ -246,7 +250,7 @@ def counts_here(local: LocalHost, name: str, uuid: str) -> bool:
 def release(instance: LocalInstance, handover: Handover, ctx: Context) -> None:
     """Acknowledge, on the host that was left, that its copy does not count any more."""
     with instance.aside.owned(ctx) if not handover.shared else instance.owned(ctx) as folder:
-        folder.flat.unlink(missing_ok=True)
+        folder.forget_flat()
         note(instance if handover.shared else instance.aside, handover)
 
 
@@ -271,8 +275,8 @@ def back_home(instance: LocalInstance, ctx: Context) -> PowerState:
         return host.guest(instance.uuid).power()
 
 
-def set_aside_again(instance: LocalInstance, migration: str, counts: str, ctx: Context) -> None:
-    """Take back a `put_back`: this host's copy may have run, but the one on host `counts` is what counts."""
+def set_aside_again(instance: LocalInstance, migration: str, counts: str, ctx: Context, *, ran: bool) -> None:
+    """Take back a `put_back`: this host's copy may have run (`ran`), but the one on host `counts` is what counts."""
     handover = handover_of(instance)
     if handover is None:
         return
@@ -282,11 +286,16 @@ def set_aside_again(instance: LocalInstance, migration: str, counts: str, ctx: C
             guest.check_fence(instance.owner(ctx))
             guest.destroy()
     was = {"operation": migration, "phase": "moved", "authoritative": counts, "leftover": instance.local.name}
-    set_aside(instance, handover.model_copy(update=was), Alone(ctx.operation, ctx.fence))
+    digests = {} if ran else handover.digests  # it has written to its disks
+    again = handover.model_copy(update={**was, "digests": digests})
+    set_aside(instance, again, Alone(ctx.operation, ctx.fence))
 
 
 def prove_aside(instance: LocalInstance, migration: str, ctx: Context) -> Handover:
-    """Make sure that the copy that is set aside is still what it was. Raises `InvalidState`, `ChecksumMismatch`."""
+    """Make sure that the copy that is set aside is still what it was. Raises `InvalidState`, `ChecksumMismatch`.
+
+    One that has run since, for a revert that was undone, only has to be sound.
+    """
     folder = instance.aside.folder
     handover = handover_of(instance.aside) or handover_of(instance)
     if handover is None or handover.operation != migration:
@@ -294,13 +303,20 @@ def prove_aside(instance: LocalInstance, migration: str, ctx: Context) -> Handov
     if handover.shared:
         return handover
     for name in handover.departure.files:
-        found = checksum_of(folder.path / name, ctx)
-        wanted = handover.digests.get(name, found)
-        if not is_current(wanted):
-            log.warning("not compared: its checksum is of a kind of before", path=str(folder.path / name))
-        elif found != wanted:
-            raise ChecksumMismatch(f"{folder.path / name} is not what it was when the instance left: it has changed")
+        _prove(folder.path / name, handover.digests.get(name), instance.local.settings.stall_timeout, ctx)
     return handover
+
+
+def _prove(path: Path, wanted: str | None, stall: float, ctx: Context) -> None:
+    hint = "Keep the instance where it is now, or look into that file first."
+    if wanted is None:
+        log.warning("not compared: the guest has run on it since", path=str(path))
+        if path.suffix == ".qcow2" and qemu_img.check(path, "qcow2", watch=ctx, stall=stall).corruptions:
+            raise ChecksumMismatch(f"{path} is damaged", hint=hint)
+    elif not is_current(wanted):
+        log.warning("not compared: its checksum is of a kind of before", path=str(path))
+    elif checksum_of(path, ctx) != wanted:
+        raise ChecksumMismatch(f"{path} is not what it was when the instance left: it has changed", hint=hint)
 
 
 def remove_aside(instance: LocalInstance, migration: str, ctx: Context) -> bool:

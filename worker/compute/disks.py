@@ -31,8 +31,8 @@ def require_no_others(guest: Guest, folder: InstanceDir, spec: InstanceSpec) -> 
         if path is None or known.get(target) != path.resolve():
             raise UnsupportedByHost(
                 f"disk {target} of {guest.name} is {path or 'not in a file'}, which the fleet did not give it",
-                hint=f"Detach it (virsh detach-disk {guest.name} {target}), or, where it is the overlay of a snapshot,"
-                f" merge it first: virsh blockcommit {guest.name} {target} --active --pivot --wait",
+                hint=f"Detach it: virsh detach-disk {guest.name} {target}. Merge the overlay of a snapshot: power off,"
+                f" qemu-img commit {path}, and name the disk below it again: virsh edit {guest.name}",
             )
 
 

@@ -12,6 +12,7 @@ from worker.engine.connection import Redis, shared, translated
 from worker.engine.journal import Journal
 from worker.engine.kinds import kind_of
 from worker.engine.operation import submit
+from worker.engine.registry import Registry
 from worker.errors import BrokerUnavailable, FleetError, HostsAreJoining
 
 log = structlog.get_logger(__name__)
@@ -19,6 +20,13 @@ log = structlog.get_logger(__name__)
 
 PUT_OFF = 60.0
 """Seconds until a request that cannot be read is tried again."""
+
+LOOK_AGAIN = 5.0
+"""Seconds until one that had better wait is looked at again."""
+
+
+class _Later(Exception):
+    """Not now."""
 
 
 def defer(operation_id: str, kind: str, request: dict[str, Any], seconds: float) -> None:
@@ -47,14 +55,20 @@ def submit_due(redis: Redis, limit: int) -> None:
             _submit(redis, operation_id)
         except HostsAreJoining:
             log.info("hosts are joining: tried again", operation=operation_id)
+        except _Later:
+            _put_off(redis, operation_id, now + LOOK_AGAIN)
         except BrokerUnavailable:
             raise
         except Exception:  # of another version, perhaps: one that cannot be read must not hold up everything else
             log.exception("cannot submit a deferred request; it is tried again", operation=operation_id)
-            with translated():
-                redis.zadd(keys.DEFERRED, {operation_id: now + PUT_OFF}, xx=True)
+            _put_off(redis, operation_id, now + PUT_OFF)
         else:
             _forget(redis, operation_id)
+
+
+def _put_off(redis: Redis, operation_id: str, until: float) -> None:
+    with translated():
+        redis.zadd(keys.DEFERRED, {operation_id: until}, xx=True)
 
 
 def _submit(redis: Redis, operation_id: str) -> None:
@@ -65,7 +79,10 @@ def _submit(redis: Redis, operation_id: str) -> None:
     deferred = json.loads(found)
     try:
         kind = kind_of(deferred["kind"])
-        submit(kind.request.model_validate({**deferred["request"], "operation_id": operation_id}))
+        request = kind.request.model_validate({**deferred["request"], "operation_id": operation_id})
+        if request.can_wait(Registry(redis)):
+            raise _Later
+        submit(request)
     except BrokerUnavailable:
         raise
     except FleetError as error:

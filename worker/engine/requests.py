@@ -59,6 +59,10 @@ class Request(Frozen):
         """What this request is about. Raises errors of the kind `BadInput`."""
         raise NotImplementedError
 
+    def can_wait(self, fleet: Registry) -> bool:  # noqa: ARG002
+        """Whether, asked for by the fleet itself, it had better be submitted later."""
+        return False
+
 
 def require_settled(found: Instance) -> Instance:
     """An instance that is in one place. Raises `InvalidState` while its former copy waits for confirm or revert."""

@@ -57,6 +57,11 @@ class InstanceDir:
         """The root disk without its base, made to be copied."""
         return self.path / ".root.qcow2.flat"
 
+    def forget_flat(self) -> None:
+        """Remove what was made to be copied, also what an earlier boot had begun."""
+        for path in (self.flat, *self.path.glob(f".{self.flat.name}.*.part")):
+            path.unlink(missing_ok=True)
+
     @property
     def console_log(self) -> Path:
         """What the guest wrote to its serial console."""

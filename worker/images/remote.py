@@ -16,12 +16,13 @@ from worker.errors import CommandFailed, ConnectionMisconfigured, InstanceLocked
 from worker.images import nbd
 from worker.images.checksum import seal
 from worker.images.command import Command, Progress, run
-from worker.images.files import human_size, locked, size_of
+from worker.images.files import available_space, human_size, locked, size_of
 from worker.images.nbd import Nbd
-from worker.models import Peer
+from worker.models import MIB, Peer
 
 _SLOT_POLL = 0.5  # seconds
 _SLOWEST_READ = 16 * 1024**2  # bytes per second, of a program that tells nothing while it reads a file
+_DIG_AT_ONCE = 64 * MIB
 _NO_SLOT = "virtfleet: all slots for outgoing copies are taken"
 # rsync(1), EXIT VALUES, for what a broken connection looks like; 255 is ssh's own.
 _BROKEN = {10, 12, 20, 30, 35, 255}
@@ -114,7 +115,7 @@ def bring(peer: Peer, source: Path, target: Path, copying: Copying, watch: Watch
 def _rsync(peer: Peer, source: Path, target: Path, copying: Copying, watch: Watcher, *, total: int, slot: int) -> None:
     lock = target.with_name(f"{target.name}.lock")
     with locked(lock, wait=20.0, watch=watch) as descriptor:
-        continues = size_of(target) > 0
+        continues = _may_continue(target, total)
         argv = [
             *("rsync", "--append-verify" if continues else "--sparse", "--inplace", "--protect-args"),
             # Holes travel as zeros: compressed they cost next to nothing, and lz4 wastes little time on the rest.
@@ -125,12 +126,12 @@ def _rsync(peer: Peer, source: Path, target: Path, copying: Copying, watch: Watc
             *(_at(peer, source), str(target)),
         ]
         command = Command(argv, "rsync", parse=_progress_of(total), output=target)
-        held = (slot, descriptor)
-        while not _copied(peer, command, source, stall=copying.stall, watch=watch, held=held):
+        held, digging = (slot, descriptor), _Digging(target, watch, stall=copying.stall)
+        while not _copied(peer, command, source, stall=copying.stall, watch=digging if continues else watch, held=held):
             watch.progress(size_of(target), None, f"waiting for a slot for outgoing copies on {peer.name}")
             time.sleep(_SLOT_POLL)
         if continues:
-            _dig_holes(target, copying, watch)
+            digging.dig_all()
 
 
 @contextmanager
@@ -150,10 +151,40 @@ def outgoing_slots(folder: Path, most: int, wanted: int) -> Iterator[tuple[int, 
         yield tuple(taken)
 
 
-def _dig_holes(target: Path, copying: Copying, watch: Watcher) -> None:
-    """Make zeros holes again: rsync cannot continue a file sparsely (3.5.0 ends with "write failed: Success")."""
-    argv = ["fallocate", "--dig-holes", str(target)]
-    run(Command(argv, "util-linux"), watch=watch, stall=max(copying.stall, size_of(target) / _SLOWEST_READ))
+def _may_continue(target: Path, total: int) -> bool:
+    """Whether there is something to continue, and room for its rest even if that is nothing but zeros.
+
+    rsync cannot continue a file sparsely (3.5.0 ends with "write failed: Success"). Where a disk that is all but empty
+    could fill this host's, it is begun anew, with holes from the start.
+    """
+    return size_of(target) > 0 and available_space(target.parent) > total - size_of(target)
+
+
+class _Digging:
+    """A watcher that makes holes again of zeros that have arrived, as soon as many have."""
+
+    def __init__(self, target: Path, watch: Watcher, *, stall: float) -> None:
+        self._target, self._watch, self._stall = target, watch, stall
+        self._dug = size_of(target) // MIB * MIB
+
+    def progress(self, done: int, total: int | None = None, note: str = "") -> None:
+        self._watch.progress(done, total, note)
+
+    def check(self) -> None:
+        self._watch.check()
+        arrived = (size_of(self._target) - self._dug) // _DIG_AT_ONCE - 1  # rsync appends, at the last one
+        if arrived > 0:
+            self._dig(self._dug, arrived * _DIG_AT_ONCE)
+            self._dug += arrived * _DIG_AT_ONCE
+
+    def dig_all(self) -> None:
+        """Make holes of all zeros, also of those that one who died had written."""
+        self._dig(0, size_of(self._target))
+
+    def _dig(self, start: int, length: int) -> None:
+        where = ["--offset", str(start), "--length", str(length), str(self._target)]
+        stall = max(self._stall, length / _SLOWEST_READ)
+        run(Command(["fallocate", "--dig-holes", *where], "util-linux"), watch=self._watch, stall=stall)
 
 
 def _copied(peer: Peer, command: Command, source: Path, **how: Any) -> bool:

@@ -132,7 +132,8 @@ def _set_aside(local: LocalHost, path: Path, uuid: str) -> Suspect:
         "former_copy",
         f"the former copy of an instance that has moved, kept until the move is confirmed ({human_size(size(path))})",
         where=path,
-        remedy=f"virtfleet migration confirm {uuid} removes it, virtfleet migration revert {uuid} goes back to it.",
+        remedy=f"virtfleet migration confirm {uuid} removes it, virtfleet migration revert {uuid} goes back to it."
+        f" Where that has been confirmed with --source-gone: virsh undefine {uuid} --nvram; rm -r {path}",
         owners=[uuid],
     )
 
