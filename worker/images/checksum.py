@@ -49,7 +49,7 @@ def seal(paths: Iterable[Path], watch: Watcher, *, like: str = KIND) -> dict[Pat
     return _sums(files, watch, _kind_of(like), files)
 
 
-def sum_of_block(data: bytes) -> bytes:
+def sum_of_block(data: bytes | memoryview) -> bytes:
     """The checksum of one block, the last of a file being shorter."""
     return blake3(data).digest()
 

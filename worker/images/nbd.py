@@ -168,8 +168,8 @@ def _copy_blocks(connection: Connection, arrived: _Arrived, watch: Watcher, *, b
         connection.ask(offset, arrived.length_at(offset, connection.size))
     while arrived.done < arrived.total:
         piece = connection.answer()
-        arrived.take_in(piece)
         travelled += len(piece.data or b"")
+        arrived.take_in(piece, connection.recycle)
         if not piece.done:
             continue
         for offset in itertools.islice(offsets, 1):
@@ -240,6 +240,7 @@ class _Arrived:
         self._under_way: deque[Future[bytes | None]] = deque()
         self._finished: set[int] = set()
         self._with_data: set[int] = set()
+        self._block = memoryview(bytearray(BLOCK))
 
     def __enter__(self) -> _Arrived:
         self._file = os.open(self.target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -272,15 +273,15 @@ class _Arrived:
         """How long the block at `offset` is in a file or export of `size` bytes."""
         return max(0, min(BLOCK, size - offset))
 
-    def take_in(self, piece: Piece) -> None:
+    def take_in(self, piece: Piece, recycle: Callable[[memoryview], None]) -> None:
         """Have data written to its place, holes are there already; and blocks that are whole summed up, in turn.
 
         Raises what an earlier one met, such as a full disk.
         """
         if piece.data is not None:
             self._with_data.add(piece.read)
-            data = memoryview(piece.data)[: max(0, self.total - piece.offset)]
-            self._under_way.append(self._writer.submit(self._write, piece.offset, data))
+            data = piece.data[: max(0, self.total - piece.offset)]
+            self._under_way.append(self._writer.submit(self._write, piece.offset, data, recycle))
         if piece.done:
             self._finished.add(piece.read)
         while self.done in self._finished:
@@ -316,10 +317,12 @@ class _Arrived:
             later.cancel()
         self._under_way.clear()
 
-    def _write(self, at: int, data: memoryview) -> None:
-        while data:
-            written = os.pwrite(self._file, data, at)
-            at, data = at + written, data[written:]
+    def _write(self, at: int, data: memoryview, recycle: Callable[[memoryview], None]) -> None:
+        left = data
+        while left:
+            written = os.pwrite(self._file, left, at)
+            at, left = at + written, left[written:]
+        recycle(data)
 
     def _sum_of(self, offset: int) -> bytes:
         length = self.length_at(offset, self.total)
@@ -329,4 +332,5 @@ class _Arrived:
         return self._read_back(offset, length)
 
     def _read_back(self, offset: int, length: int) -> bytes:
-        return sum_of_block(os.pread(self._file, length, offset))
+        found = os.preadv(self._file, [self._block[:length]], offset)
+        return sum_of_block(self._block[:found])

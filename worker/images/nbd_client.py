@@ -10,11 +10,12 @@ import socket
 import ssl
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ _INFO_EXPORT = 0
 _READ = 0
 _DONE, _DATA, _HOLES, _IS_ERROR = 1, 1, 2, 2**15
 _LONGEST_REPLY = 64 * 1024
+_ROOM = 1024**2  # bytes
 _LOOK_EVERY = 0.5  # seconds
 _GREETED_WITHIN = 2.0  # seconds
 _CONNECT = 5.0  # seconds
@@ -70,13 +72,13 @@ class Busy(NbdError):
 class Piece:
     """Part of the answer to a read: `length` bytes from `offset`, of which `data` holds none where there is a hole.
 
-    `done`: the read is answered.
+    `done`: the read is answered. To have its memory used again, hand `data` to `Connection.recycle`.
     """
 
     read: int
     offset: int
     length: int
-    data: bytes | None
+    data: memoryview | None
     done: bool
 
 
@@ -87,6 +89,7 @@ class Connection:
         self._socket = connected
         self._patience, self._watch = patience, watch
         self._buffer = bytearray(0)
+        self._unused: deque[bytearray] = deque()
         self.size = 0
 
     @classmethod
@@ -133,6 +136,19 @@ class Connection:
         with _breaking():
             return self._answer()
 
+    def recycle(self, data: memoryview) -> None:
+        """Take a piece's `data` back, which nobody reads any more.
+
+        Memory that is new each time costs the kernel as much as to receive what comes into it.
+        """
+        self._unused.append(cast("bytearray", data.obj))
+
+    def _room(self, length: int) -> memoryview:
+        with suppress(IndexError):
+            if len(used := self._unused.popleft()) >= length:
+                return memoryview(used)[:length]
+        return memoryview(bytearray(max(length, _ROOM)))[:length]
+
     def _answer(self) -> Piece:
         magic, flags, kind, read, length = self._unpack(_CHUNK)
         if magic != _CHUNK_MAGIC:
@@ -140,7 +156,8 @@ class Connection:
         done = bool(flags & _DONE)
         if kind == _DATA:
             (offset,) = self._unpack(_OFFSET)
-            data = bytes(self._read(length - _OFFSET.size))
+            data = self._room(length - _OFFSET.size)
+            self._fill(data)
             return Piece(read, offset, len(data), data, done)
         if kind == _HOLES:
             offset, hole = self._unpack(_HOLE)
@@ -202,8 +219,12 @@ class Connection:
         if length > len(self._buffer):
             self._buffer = bytearray(length)
         wanted = memoryview(self._buffer)[:length]
+        self._fill(wanted)
+        return wanted
+
+    def _fill(self, wanted: memoryview) -> None:
         heard, got = time.monotonic(), 0
-        while got < length:
+        while got < len(wanted):
             try:
                 more = self._socket.recv_into(wanted[got:])
             except TimeoutError:
@@ -214,7 +235,6 @@ class Connection:
             if not more:
                 raise ConnectionResetError("the server has closed the connection")
             got, heard = got + more, time.monotonic()
-        return wanted
 
 
 def _connected(address: tuple[str, int], watch: Callable[[], None]) -> socket.socket:
