@@ -164,9 +164,9 @@ def test_a_server_that_dies_is_a_broken_connection_that_can_be_continued(
                 slow,
                 total=64 * MIB + 1001,
                 stall=1,
-                bandwidth=4 * MIB,
+                bandwidth=2 * MIB,
             )
-            wait_until(lambda: slow.last_progress[0] > 20 * MIB, 20, "some of it has arrived")
+            wait_until(lambda: slow.last_progress[0] > 6 * MIB, 20, "some of it has arrived")
         with pytest.raises(TransferInterrupted, match=r"broke off|does not lend"):
             copying.result(30)
     with lent(host, how, source):
