@@ -65,7 +65,8 @@ class Fleet:
         """Operations that do not move, with the reason."""
         records = {record.id: record for record in self.journal.unfinished(limit)}
         records |= {record.id: record for record in self.journal.stuck(limit)}
-        reasons = [(record, why_stalled(record, self._leases(record))) for record in records.values()]
+        now = self.journal.now()
+        reasons = [(record, why_stalled(record, self._leases(record), now)) for record in records.values()]
         return [(record, why) for record, why in reasons if why]
 
     def _leases(self, record: Record) -> dict[str, float]:

@@ -73,7 +73,7 @@ def lose_lease(journal: Journal, lease: Lease) -> None:
 def attention(journal: Journal, name: str = "op") -> float | None:
     """Seconds until the reaper looks at an operation."""
     score: Any = journal.redis.zscore(keys.ATTENTION, name)
-    return None if score is None else score - journal.now()
+    return None if score is None else score % keys.NOT_BEGUN - journal.now()
 
 
 def owner(journal: Journal, instance: str = "vm") -> Any:
@@ -521,6 +521,28 @@ def test_a_look_asked_for_sooner_stands(journal: Journal) -> None:
     assert 7 < (attention(journal) or 0) <= 8, "one that is over is moved"
     journal.look_in("unknown", 1, since=journal.now())
     assert attention(journal, "unknown") is None
+
+
+def test_recoveries_do_not_wait_behind_what_nobody_has_begun_with(journal: Journal) -> None:
+    for name in ("long overdue", "queued", "begun", "taken back"):
+        admit(journal, name, instance=name)
+        journal.look_in(name, -1, since=journal.now())
+        time.sleep(0.01)
+    admit(journal, "waiting", instance="queued", wait=True)
+    take(journal, name="begun", instance="begun")
+    journal.look_in("begun", -1, since=journal.now() + 60)
+    journal.cancel("taken back")
+    assert journal.due(10) == ["begun", "taken back", "long overdue", "queued"], "the one that waits is not due"
+    assert journal.due(1) == ["begun"]
+
+
+def test_a_look_that_the_version_before_has_noted_is_kept(journal: Journal) -> None:
+    """It made no difference between operations that have begun and others."""
+    admit(journal, "op")
+    journal.redis.zadd(keys.ATTENTION, {"op": journal.now() - 1})
+    assert journal.due(10) == ["op"]
+    journal.look_in("op", -1, since=journal.now())
+    assert journal.due(10) == ["op"]
 
 
 def test_a_cancel_is_looked_at_though_the_record_was_read_just_before(journal: Journal) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.engine.decide import MAX_GRACE, Clock, Decision, End, Look, Publish, TurnBack, Undo, decide
+from worker.engine.decide import MAX_GRACE, Clock, Decision, End, Look, Publish, Traffic, TurnBack, Undo, decide
 from worker.engine.record import FINAL, Record, State, StepPlan, StepRecord, StepState, UndoEntry, undo_plan
 
 NOW = 1_000_000.0
@@ -212,6 +212,32 @@ def test_a_message_that_waits_in_a_long_queue_is_repeated_ever_more_seldom(publi
     assert decide(record, {}, Clock(NOW + grace, GRACE)) == Publish(("only",))
 
 
+@pytest.mark.parametrize("publications", [1, 5000])
+def test_a_step_is_not_published_again_while_it_waits_in_its_queue(publications: int) -> None:
+    record = running(StepRecord(PLAN, published=NOW, publications=publications), State.QUEUED)
+
+    def after(seconds: float, traffic: Traffic) -> Decision:
+        return decide(record, {}, Clock(NOW + seconds, GRACE), queues=lambda _: traffic)
+
+    assert after(MAX_GRACE - 1, Traffic.FLOWS) == (Look(MAX_GRACE - 1) if publications == 1 else Look(1.0)), (
+        "looks come ever more seldom"
+    )
+    assert after(MAX_GRACE, Traffic.FLOWS) == Publish(("only",)), "should it be lost in a queue that never is empty"
+    assert after(1000 * MAX_GRACE, Traffic.STANDS) == Look(MAX_GRACE), "a worker that comes up finds it"
+    assert after(1000 * MAX_GRACE, Traffic.NONE) == Publish(("only",))
+
+
+@pytest.mark.parametrize("traffic", Traffic)
+def test_what_was_not_published_since_it_was_begun_does_not_wait_for_a_queue(traffic: Traffic) -> None:
+    due, orphan, new = (
+        StepRecord(PLAN, StepState.RETRY, due=NOW - 1),
+        StepRecord(PLAN, StepState.RUNNING, attempt=1),
+        StepRecord(PLAN),
+    )
+    for step in (due, orphan, new):
+        assert decide(running(step), {}, CLOCK, prompt=True, queues=lambda _: traffic) == Publish(("only",))
+
+
 def test_a_cancel_is_heeded_where_nothing_runs() -> None:
     asked = running(StepRecord(PLAN, StepState.RETRY, due=NOW + 100), cancel=NOW)
     assert decide(asked, {}, CLOCK) == TurnBack()
@@ -224,6 +250,8 @@ def test_a_cancel_is_heeded_where_nothing_runs() -> None:
 
 def test_who_waits_for_an_instance_can_be_cancelled_there() -> None:
     assert decide(running(StepRecord(PLAN), State.WAITING), {}, CLOCK) == Look(GRACE)
+    assert decide(running(StepRecord(PLAN), State.WAITING), {}, Clock(NOW + 60, GRACE)) == Look(60)
+    assert decide(running(StepRecord(PLAN), State.WAITING), {}, Clock(NOW + 3600, GRACE)) == Look(MAX_GRACE)
     assert decide(running(StepRecord(PLAN), State.WAITING, cancel=NOW), {}, CLOCK) == TurnBack()
 
 

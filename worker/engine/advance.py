@@ -12,9 +12,10 @@ from worker.app import app
 from worker.engine.answers import answer
 from worker.engine.canvas import Canvas, remaining, step_signature
 from worker.engine.connection import translated
-from worker.engine.decide import Clock, Decision, End, Look, Publish, TurnBack, Undo, decide
+from worker.engine.decide import Clock, Decision, End, Look, Publish, Queues, TurnBack, Undo, decide
 from worker.engine.journal import Journal, journal
 from worker.engine.mirror import LOOK_EVERY, Mirror
+from worker.engine.queues import QueueLook
 from worker.engine.record import Record, State, StepRecord, StepState
 from worker.engine.registry import registry
 from worker.engine.silence import silence
@@ -30,10 +31,10 @@ RENEWED = 3.0
 tries twice a second. As in lua/common.lua."""
 
 
-def advance(operation_id: str, *, prompt: bool = False) -> Decision | None:
+def advance(operation_id: str, *, prompt: bool = False, queues: Queues | None = None) -> Decision | None:
     """Decide what an operation needs and do it; what was decided, or None when there is no such operation.
 
-    Safe to call at any time by anybody: what it publishes twice runs once.
+    Safe to call at any time by anybody: what it publishes twice runs once. `queues`: for who advances many at a time.
     """
     book = journal()
     clock = _clock(book)
@@ -50,7 +51,8 @@ def advance(operation_id: str, *, prompt: bool = False) -> Decision | None:
     if record.restored is not None and clock.now - record.restored < RENEWED:
         clock = replace(clock, leases_count=False)
     executing = [step for step in (*record.steps.values(), *record.undo_steps) if step.state is StepState.RUNNING]
-    decision = decide(record, book.leases(record, executing), clock, prompt=prompt)
+    leases = book.leases(record, executing)
+    decision = decide(record, leases, clock, prompt=prompt, queues=queues or QueueLook(book.redis))
     match decision:
         case Publish(heads):
             _publish(book, record, heads, clock)

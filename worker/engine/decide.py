@@ -6,13 +6,26 @@ one answer to "what now?".
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from worker.engine.record import Record, State, StepPlan, StepRecord, StepState
 
 MAX_GRACE = 300.0
-"""Seconds: the longest pause between two publications of a step that waits behind others in its queue."""
+"""Seconds: the longest pause between two publications of a step, or between two looks at what waits."""
+
+
+class Traffic(StrEnum):
+    """What there is in a queue, and whether somebody takes it."""
+
+    NONE = "no message waits"
+    FLOWS = "messages wait, and a worker takes one after the other"
+    STANDS = "messages wait, and no worker is up"
+
+
+Queues = Callable[[StepPlan], Traffic]
+"""Tells how it stands in the queue of a step."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +74,27 @@ class Clock:
     """False just after Redis restarted: leases ran out while nobody could renew them."""
 
 
-def decide(record: Record, leases: Mapping[str, float], clock: Clock, *, prompt: bool = False) -> Decision:
+def decide(
+    record: Record,
+    leases: Mapping[str, float],
+    clock: Clock,
+    *,
+    prompt: bool = False,
+    queues: Queues = lambda _: Traffic.NONE,
+) -> Decision:
     """What to do for an operation.
 
     `leases` tells for each leased step how many seconds its lease still runs. With `prompt` a step that was never
     published goes out at once; without it, only after the grace in which its message may still be on its way.
     """
+    return _without_queueing_twice(_next(record, leases, clock, prompt=prompt), record, clock, queues)
+
+
+def _next(record: Record, leases: Mapping[str, float], clock: Clock, *, prompt: bool) -> Decision:
     if record.state.final:
         return End(record.state)
     if record.state is State.WAITING:
-        return TurnBack() if record.cancel else Look(clock.grace)
+        return TurnBack() if record.cancel else Look(_as_long_again(record.submitted_at, clock))
     if record.state is State.UNDOING:
         return _undoing(record, leases, clock, prompt=prompt)
     return _running(record, leases, clock, prompt=prompt)
@@ -104,6 +128,34 @@ def _undoing(record: Record, leases: Mapping[str, float], clock: Clock, *, promp
     return Undo(left) if wait <= 0 else Look(wait)
 
 
+def _without_queueing_twice(decision: Decision, record: Record, clock: Clock, queues: Queues) -> Decision:
+    """Leave out what seems to wait in its queue already: that must not grow by what it holds."""
+    if isinstance(decision, Publish):
+        wanted = [record.steps[key] for key in decision.heads]
+    elif isinstance(decision, Undo):
+        wanted = [decision.steps[0]]
+    else:
+        return decision
+    missing = [step for step in wanted if not _is_in_line(step, record, clock, queues)]
+    if not missing:
+        return Look(min(_as_long_again(_since(step, record), clock) for step in wanted))
+    return Publish(tuple(step.key for step in missing)) if isinstance(decision, Publish) else decision
+
+
+def _is_in_line(step: StepRecord, record: Record, clock: Clock, queues: Queues) -> bool:
+    """Whether the message of a step seems to wait behind others; should it be lost, it goes out once they are gone."""
+    if step.published is None:
+        return False
+    traffic = queues(step.plan)
+    is_recent = clock.now - _since(step, record) < MAX_GRACE
+    return traffic is Traffic.STANDS or (traffic is Traffic.FLOWS and is_recent)
+
+
+def _as_long_again(since: float, clock: Clock) -> float:
+    """Seconds until the next look at what has waited since then, and may wait for long: ever more seldom."""
+    return min(max(clock.now - since, clock.grace), MAX_GRACE)
+
+
 def _is_in_hands(step: StepRecord, leases: Mapping[str, float], clock: Clock) -> bool:
     """Whether somebody executes the step, or may do so for all that is known."""
     return step.key in leases or (step.state is StepState.RUNNING and not clock.leases_count)
@@ -119,9 +171,13 @@ def _wait(step: StepRecord, record: Record, leases: Mapping[str, float], clock: 
         return step.due - clock.now
     if step.published is None and (prompt or step.state is not StepState.PENDING):
         return 0.0
-    since = max(step.published or 0.0, _ready_since(record))
     patience = min(clock.grace * 2.0 ** min(max(step.publications - 1, 0), 20), MAX_GRACE)
-    return since + patience - clock.now
+    return _since(step, record) + patience - clock.now
+
+
+def _since(step: StepRecord, record: Record) -> float:
+    """When the step was published last, or could have been."""
+    return max(step.published or 0.0, _ready_since(record))
 
 
 def _ready_since(record: Record) -> float:

@@ -216,17 +216,21 @@ class Journal:
         return {key: ms / 1000 for key, ms in zip(wanted, left, strict=True) if ms > 0}
 
     def due(self, limit: int) -> list[str]:
-        """Ids of operations whose time to be looked at has come, the longest overdue first."""
+        """Ids of operations whose time to be looked at has come: those that have begun, then others, oldest first."""
         now = self.now()
         with translated():
-            return cast("list[str]", self.redis.zrangebyscore(keys.ATTENTION, "-inf", now, start=0, num=limit))
+            pipe = self.redis.pipeline(transaction=False)
+            pipe.zrangebyscore(keys.ATTENTION, "-inf", now, start=0, num=limit)
+            pipe.zrangebyscore(keys.ATTENTION, keys.NOT_BEGUN, keys.NOT_BEGUN + now, start=0, num=limit)
+            begun, others = cast("tuple[list[str], list[str]]", pipe.execute())
+        return [*begun, *others][:limit]
 
     def look_in(self, operation_id: str, seconds: float, *, since: float) -> None:
         """Have the reaper look at an operation that has not ended in `seconds` from now, or sooner if it must.
 
         `since`: when the record was read that shows nothing to do; what has changed later is looked at.
         """
-        self._run("look_in", [keys.ATTENTION], operation_id, seconds, since)
+        self._run("look_in", [keys.operation(operation_id), keys.ATTENTION], operation_id, seconds, since)
 
     def forget_attention(self, operation_id: str) -> None:
         """Nothing is left to look at."""

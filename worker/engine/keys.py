@@ -12,7 +12,11 @@ OPERATIONS = f"{PREFIX}:operations"
 
 ATTENTION = f"{PREFIX}:attention"
 """ZSET, kept: id of each operation that has not ended → when the reaper must look at it next. Every change of an
-operation sets it, so a look costs nothing for operations that go well, however many there are."""
+operation sets it, so a look costs nothing for operations that go well, however many there are. With NOT_BEGUN added
+those that nobody has begun with come after all others, whose recovery does not wait in line behind them."""
+
+NOT_BEGUN = 1e10
+"""Seconds: more than any time is. As in lua/common.lua."""
 
 HELD = f"{PREFIX}:held"
 """SET, kept: ids of operations that Redis had lost and a host has put back, until each of their hosts has been heard.

@@ -19,6 +19,7 @@ from worker.engine.connection import Redis, shared, translated
 from worker.engine.decide import End, Publish, TurnBack, Undo
 from worker.engine.deferred import submit_due
 from worker.engine.journal import Journal
+from worker.engine.queues import QueueLook
 from worker.engine.silence import silence
 from worker.errors import BrokerUnavailable
 from worker.settings import get_settings
@@ -81,12 +82,12 @@ class Reaper(threading.Thread):
         self._trim()
         submit_due(self._redis, BATCH)
         enough = time.monotonic() + BUDGET
-        due = self._book.due(BATCH)
+        due, queues = self._book.due(BATCH), QueueLook(self._redis)
         for looked_at, operation_id in enumerate(due):
             if looked_at and time.monotonic() > enough:
                 return True
             try:
-                decision = advance(operation_id)
+                decision = advance(operation_id, queues=queues)
             except BrokerUnavailable:
                 raise
             except Exception:

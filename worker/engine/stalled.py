@@ -6,12 +6,15 @@ from collections.abc import Mapping
 
 from worker.engine.record import Record, State, StepRecord, StepState
 
-OFTEN = 2
-"""Publications of a step after which "nobody has taken it" is worth telling."""
+TAKEN_WITHIN = 15.0
+"""Seconds after the publication of a step from which on "nobody has taken it" is worth telling."""
 
 
-def why_stalled(record: Record, leases: Mapping[str, float]) -> str:
-    """What holds an operation up; empty when it moves or waits its turn. `leases`: seconds by step, if leased."""
+def why_stalled(record: Record, leases: Mapping[str, float], now: float) -> str:
+    """What holds an operation up; empty when it moves or waits its turn. `leases`: seconds by step, if leased.
+
+    `now` by Redis' clock.
+    """
     if record.state is State.STUCK:
         undo = zip(record.undo, record.undo_steps, strict=True)
         left = [f"{entry.action} on {entry.host}" for entry, step in undo if step.state is not StepState.DONE]
@@ -21,17 +24,19 @@ def why_stalled(record: Record, leases: Mapping[str, float]) -> str:
     if record.held is not None:
         hosts = ", ".join(sorted(record.hosts))
         return f"put back after Redis had lost it: waits until each of its hosts ({hosts}) has told what it knows"
-    reasons = [_why(step, leases) for step in (*record.steps.values(), *record.undo_steps)]
+    reasons = [_why(step, leases, now) for step in (*record.steps.values(), *record.undo_steps)]
     return "; ".join(reason for reason in reasons if reason)
 
 
-def _why(step: StepRecord, leases: Mapping[str, float]) -> str:
+def _why(step: StepRecord, leases: Mapping[str, float], now: float) -> str:
     where = f"{step.key} on {step.plan.host}"
     if step.state is StepState.RETRY and step.error:
         attempts = f"attempt {step.attempt} of {step.error.get('attempts', '?')}"
         return f"{where}: {attempts} failed: {step.error['message']}"
     if step.state is StepState.RUNNING and step.key not in leases:
         return f"{where}: its worker {step.worker} fell silent"
-    if step.publications >= OFTEN and step.state is not StepState.DONE:
-        return f"{where}: published {step.publications} times, and no worker has taken it"
+    if step.published is not None and step.state is not StepState.DONE:
+        ago = now - step.published
+        if step.publications > 1 or ago > TAKEN_WITHIN:
+            return f"{where}: published {step.publications} times, last {ago:.0f} s ago, and no worker has taken it"
     return ""

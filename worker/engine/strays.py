@@ -109,7 +109,7 @@ def operations(book: Journal) -> Iterator[Suspect]:
 
 
 def _stalled(book: Journal, record: Record) -> Iterator[Suspect]:
-    why = why_stalled(record, book.leases(record, _steps(record)))
+    why = why_stalled(record, book.leases(record, _steps(record)), book.now())
     if not why or book.find(record.id) != record:
         return  # it moves, or moved while it was looked at
     what = f"{record.kind} of {record.instance!r} is {record.state}: {why}"

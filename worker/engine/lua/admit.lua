@@ -24,6 +24,6 @@ redis.call('DEL', KEYS[1])
 for i = 7, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 redis.call('HSET', KEYS[1], 'digest', ARGV[2], 'state', state, 'submitted_at', string.format('%.6f', now))
 if ARGV[6] ~= '' then redis.call('RPUSH', KEYS[6], ARGV[6]) end
-redis.call('ZADD', KEYS[4], now + tonumber(ARGV[3]), ARGV[1])
+redis.call('ZADD', KEYS[4], in_turn(state, now + tonumber(ARGV[3])), ARGV[1])
 redis.call('ZADD', KEYS[5], now, ARGV[1])
 return { 'admitted', state }

@@ -9,6 +9,14 @@ local function seconds()
   return tonumber(now[1]) + tonumber(now[2]) / 1e6
 end
 
+-- Added to the time of a look at an operation that nobody has begun with; see keys.py.
+local NOT_BEGUN = 1e10
+
+-- The score in ATTENTION of an operation in that state that is to be looked at then.
+local function in_turn(state, at)
+  return (state == 'queued' or state == 'waiting') and at + NOT_BEGUN or at
+end
+
 -- Whether the execution of a step with that fence may still put something down: 'ok' | 'refused' | 'gone'.
 local function whose_turn(operation, step, fence)
   local state = redis.call('HGET', operation, 'state')
