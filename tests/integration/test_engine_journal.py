@@ -412,6 +412,21 @@ def test_a_cancel_is_kept_and_seen_at_once(journal: Journal) -> None:
     assert refusal(journal) == "cancel"
 
 
+def test_what_is_cancelled_before_it_is_known_is_admitted_as_cancelled(journal: Journal) -> None:
+    with pytest.raises(OperationNotFound):
+        journal.cancel("op", on_arrival=True)
+    ttl: Any = journal.redis.ttl(keys.unwanted("op"))
+    assert 3500 < ttl <= 3600
+    assert admit(journal, "op").outcome == "admitted"
+    assert journal.read("op").cancel is not None
+    assert refusal(journal) == "cancel"
+    end(journal, "op", State.CANCELLED)
+    with pytest.raises(OperationNotFound):
+        journal.cancel("other")
+    admit(journal, "other")
+    assert journal.read("other").cancel is None
+
+
 def test_a_cancel_that_comes_too_late_changes_nothing(journal: Journal) -> None:
     admit(journal, "op")
     end(journal, "op")

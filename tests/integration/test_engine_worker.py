@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from worker.engine.intervention import cancel
 from worker.engine.journal import Journal
 from worker.engine.operation import new_id, submit
 from worker.engine.record import Record, State, StepState
-from worker.errors import InstanceBusy, OperationConflict
+from worker.errors import InstanceBusy, OperationConflict, OperationNotFound
 
 
 def asked(kind: type[tasks.Asked], events: Events, **fields: Any) -> Any:
@@ -287,6 +288,24 @@ def test_a_scheduler_can_cancel(scheduler: Celery, fleet: EngineFleet, events: E
     events.wait("tick", "test.copy")
     scheduler.send_task("virtfleet.cancel", args=[record.id], queue="virtfleet").get(timeout=PATIENCE)
     assert fleet.ended(record.id).state is State.CANCELLED
+
+
+def test_a_request_that_no_worker_has_taken_yet_can_be_cancelled(
+    scheduler: Celery, fleet: EngineFleet, events: Events
+) -> None:
+    """It waits in Celery's queue, and the journal does not know of it."""
+    fields = {"log": str(events.path), "name": new_id(), "operation_id": new_id()}
+    worker = fleet.workers["control"]
+    worker.kill(signal.SIGTERM)
+    wait_until(lambda: not worker.alive, 20, "the worker ends")
+    answer = send(scheduler, "test.chain", **fields)
+    with pytest.raises(OperationNotFound) as unknown:
+        cancel(fields["operation_id"])
+    assert "cancelled as it arrives" in unknown.value.hint
+    fleet.heal()
+    assert answer.get(timeout=PATIENCE)["state"] == "cancelled"
+    assert events.lines() == []
+    assert fleet.run(asked(tasks.ChainRequest, events, name=fields["name"])).state is State.SUCCEEDED
 
 
 # --- messages that come twice -------------------------------------------------------------------------------------

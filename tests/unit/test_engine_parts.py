@@ -12,8 +12,11 @@ from celery import chain, chord, group
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tasks  # noqa: F401 - its import makes the operations known
 from worker.app import app
+from worker.engine import kinds
 from worker.engine.canvas import Canvas, remaining, stages_of, step_signature
+from worker.engine.intervention import cancel_by_name, retry_undo_by_name
 from worker.engine.patience import patiently
 from worker.engine.progress import Meter, describe
 from worker.engine.record import State, StepPlan, StepState, UndoEntry, parse
@@ -249,6 +252,12 @@ def test_pauses_double_within_bounds_and_differ(attempt: int, first: float, long
 
 def test_hosts_that_failed_together_do_not_come_back_together() -> None:
     assert len({Retries().pause(3) for _ in range(20)}) > 1
+
+
+def test_celery_notes_nothing_down_between_taking_a_request_and_its_admission() -> None:
+    """Were Redis to die as it does, the request would fail and be gone; admission itself waits for Redis."""
+    by_name = [*kinds._kinds, cancel_by_name.name, retry_undo_by_name.name]
+    assert [name for name in by_name if app.tasks[name].track_started] == []
 
 
 def test_patience_is_for_a_redis_that_is_away_only() -> None:

@@ -36,6 +36,9 @@ Revived = Literal["put back", "completed", ""]
 TRIM_BATCH = 500
 """Ids that one `trim` looks at: it runs within the reaper's tick."""
 
+UNWANTED = 3600
+"""Seconds that a cancel is kept of which nothing is known: its request may wait in a queue for a worker."""
+
 _OPERATION_PREFIX = keys.operation("")
 
 
@@ -121,6 +124,7 @@ class Journal:
                 keys.ATTENTION,
                 keys.OPERATIONS,
                 keys.waiters(operation_id),
+                keys.unwanted(operation_id),
             ],
             operation_id,
             digest,
@@ -384,13 +388,14 @@ class Journal:
 
     # --- turning back and ending ---------------------------------------------------------------------------------
 
-    def cancel(self, operation_id: str, *, give_up: bool = False) -> State:
+    def cancel(self, operation_id: str, *, give_up: bool = False, on_arrival: bool = False) -> State:
         """Ask an operation to stop; the state it was in. `give_up`: also one that can only go forward.
 
-        Raises `OperationNotFound`.
+        Raises `OperationNotFound`. With `on_arrival` it is cancelled should it be asked for within an hour.
         """
-        subjects = [keys.operation(operation_id), keys.ATTENTION]
-        state = self._run("cancel", subjects, operation_id, "1" if give_up else "")
+        subjects = [keys.operation(operation_id), keys.ATTENTION, keys.unwanted(operation_id)]
+        kept = UNWANTED if on_arrival else 0
+        state = self._run("cancel", subjects, operation_id, "1" if give_up else "", kept)
         if not state:
             raise OperationNotFound(f"no operation {operation_id!r} is in the journal")
         return State(state)

@@ -86,6 +86,12 @@ def waiters(operation_id: str) -> str:
     return f"{operation(operation_id)}:waiters"
 
 
+def unwanted(operation_id: str) -> str:
+    """STRING, expires after an hour: nothing was known of the operation when it was asked to stop; its request may wait
+    in a queue. Written by cancelling; admission deletes it, and the operation ends at once."""
+    return f"{PREFIX}:unwanted:{operation_id}"
+
+
 def lease(operation_id: str, step: str) -> str:
     """STRING, expires after the lease's time to live: token of the worker that executes the step right now."""
     return f"{PREFIX}:lease:{operation_id}:{step}"

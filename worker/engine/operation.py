@@ -47,7 +47,8 @@ def operation(
             _admit_by_name(kind, task, {**arguments, **({"args": list(unnamed)} if unnamed else {})})
 
         by_name.__doc__ = build.__doc__
-        app.task(name=name, bind=True)(by_name)
+        # track_started: were Redis to die as Celery notes that down, a request that was taken would be lost with it.
+        app.task(name=name, bind=True, track_started=False)(by_name)
         return build
 
     return register
