@@ -82,6 +82,12 @@ def undo_shut_down(ctx: StepContext, name: str, uuid: str, before: str) -> None:
     _registered(ctx, power.restore(LocalInstance(local_host(ctx), name, uuid), PowerState(before), ctx))
 
 
+@undoes("pause_again")
+def undo_resume(ctx: StepContext, name: str, uuid: str) -> None:
+    """Pause a guest again that was let run to hear the request to shut down."""
+    _registered(ctx, power.pause_again(LocalInstance(local_host(ctx), name, uuid), ctx))
+
+
 @undoes("power_on")
 def undo_power_off(ctx: StepContext, name: str, uuid: str) -> None:
     """Start a guest that the operation had taken down."""

@@ -15,7 +15,7 @@ import pytest
 
 from tests.fleet.conftest import Spawn
 from tests.fleet.parts import Commands, Record, Scheduler, domains, libvirt_of, snapshots, virsh
-from tests.lab import LabHost, wait_until
+from tests.lab import Fleet, LabHost, wait_until
 from worker.compute import power, provision
 from worker.compute.local import LocalHost, LocalInstance
 from worker.compute.power import BY_FORCE, Patience
@@ -210,6 +210,24 @@ def test_a_cancelled_reboot_leaves_a_guest_that_runs(host: LabHost, spawn: Spawn
     assert state_of(host, record["instance"]) == "shut off"
     assert power.power_on(instance, undo).note == "started"
     wait_until(lambda: boots(host, record) == 2, 60, "it has come up again")
+
+
+@pytest.mark.parametrize("verb", ["power_off", "reboot"])
+def test_a_paused_guest_is_paused_again_though_another_worker_had_let_it_run(
+    verb: str, fleet: Fleet, host: LabHost, scheduler: Scheduler, command: Commands, spawn: Spawn
+) -> None:
+    """It runs to hear the request; the attempt that knows that it was paused dies, and then a cancel comes."""
+    name = spawn()["instance"]
+    scheduler.call("pause", instance=name)
+    operation = f"{verb}-of-{name}"
+    answer = scheduler.send(verb, instance=name, operation_id=operation, timeout=60)
+    wait_until(lambda: state_of(host, name) == "running", 20, "it is let run")
+    worker = fleet.worker("hosta", "control")
+    worker.kill9()
+    assert command("cancel", operation, "--no-wait").returncode == 0
+    worker.start()
+    assert answer.get(timeout=60)["state"] == "cancelled"
+    assert state_of(host, name) == "paused"
 
 
 def test_a_guest_that_takes_its_time_to_shut_down_is_started_again_after_a_cancel(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from worker.compute import comeback
 from worker.compute.local import LocalInstance, require_ours
 from worker.context import Context
-from worker.errors import Cancelled, GuestHung, InvalidState
+from worker.errors import GuestHung, InvalidState
 from worker.models import Frozen, Owner, PowerState
 from worker.virt.guest import Guest
 
@@ -80,7 +80,7 @@ def power_off(instance: LocalInstance, patience: Patience, ctx: Context, *, come
             return PowerChange(before=before, after=before, note="already off")
         if comes_back:
             _await_when_undone(instance, patience, ctx)
-        note = _take_down(guest, before, patience, ctx)
+        note = _take_down(instance, guest, before, patience, ctx)
         return PowerChange(before=before, after=guest.power(), note=note)
 
 
@@ -113,7 +113,7 @@ def reboot(instance: LocalInstance, patience: Patience, ctx: Context) -> PowerCh
         note = "off already"
         if before is not PowerState.OFF:
             _await_when_undone(instance, patience, ctx)
-            note = _take_down(guest, before, patience, ctx)
+            note = _take_down(instance, guest, before, patience, ctx)
         guest.claim(instance.owner(ctx, started=True))
         _start(instance, guest, ctx)
         return PowerChange(before=before, after=guest.power(), note=f"{note}, then started")
@@ -143,6 +143,15 @@ def resume(instance: LocalInstance, ctx: Context) -> PowerChange:
         _undo_as(instance, before, ctx)
         guest.resume()
         return PowerChange(before=before, after=guest.power(), note="resumed")
+
+
+def pause_again(instance: LocalInstance, ctx: Context) -> PowerChange:
+    """Stop the CPUs of a guest that was let run to hear the request to shut down; one that did so stays off."""
+    with _guest(instance, ctx) as (guest, _):
+        before = guest.power()
+        if before is PowerState.RUNNING:
+            guest.pause()
+        return PowerChange(before=before, after=guest.power(), note="it was paused before the operation")
 
 
 def _start(instance: LocalInstance, guest: Guest, ctx: Context) -> None:
@@ -184,27 +193,15 @@ def _await_when_undone(instance: LocalInstance, patience: Patience, ctx: Context
         ctx.undo("await_shutdown", name=instance.name, uuid=instance.uuid)
 
 
-def _take_down(guest: Guest, before: PowerState, patience: Patience, ctx: Context) -> str:
+def _take_down(instance: LocalInstance, guest: Guest, before: PowerState, patience: Patience, ctx: Context) -> str:
     """Shut down in time or by force; how it went."""
     if before is PowerState.CRASHED or patience.timeout == 0:
         _force(guest, ctx)
         return "powered off by force"
     if before is PowerState.PAUSED:
+        ctx.undo("pause_again", name=instance.name, uuid=instance.uuid)
         guest.resume()  # a paused guest cannot save its data: let it hear the request
-        with _paused_again_if_stopped(guest):
-            return _ask_down(guest, patience, ctx)
     return _ask_down(guest, patience, ctx)
-
-
-@contextmanager
-def _paused_again_if_stopped(guest: Guest) -> Iterator[None]:
-    """A cancel must leave a guest that was paused as it was."""
-    try:
-        yield
-    except Cancelled:
-        if guest.power() is PowerState.RUNNING:
-            guest.pause()
-        raise
 
 
 def _ask_down(guest: Guest, patience: Patience, ctx: Context) -> str:
