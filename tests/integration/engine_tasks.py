@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import NAMESPACE_URL, uuid5
 
 from celery import chain, group
@@ -141,12 +142,13 @@ def queueing(ctx: StepContext, request: Asked) -> int:
 
 
 @step("test.no_way_back", queue="control", retries=Retries(attempts=1))
-def no_way_back(ctx: StepContext, request: Asked) -> int:
+def no_way_back(ctx: StepContext, request: NoWayBackRequest) -> int:
     """Fails once, after part of what it removes has gone."""
+    failures = {"retryable": HostUnreachable("not yet"), "permanent": InvalidState("not yet"), "os": OSError(EIO, "no")}
     with noted(ctx):
         ctx.make_irrevocable()
         if ctx.lease.attempt < 2:
-            raise HostUnreachable("not yet")
+            raise failures[request.failure]
         return ctx.lease.attempt
 
 
@@ -279,7 +281,8 @@ def queueing_up(op: Operation[QueueingRequest]) -> Canvas:
     return queueing.on(op)
 
 
-class NoWayBackRequest(Asked): ...
+class NoWayBackRequest(Asked):
+    failure: Literal["retryable", "permanent", "os"]
 
 
 @operation("test.no_way_back_only", NoWayBackRequest)

@@ -84,8 +84,11 @@ def test_who_waits_for_its_turn_spends_no_attempts(fleet: EngineFleet, events: E
 # --- failing ------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_taken_back_is_tried_more_often_than_its_step(fleet: EngineFleet, events: Events) -> None:
-    record = fleet.run(asked(tasks.NoWayBackRequest, events))
+@pytest.mark.parametrize("failure", ["retryable", "permanent", "os"])
+def test_what_cannot_be_taken_back_is_tried_more_often_than_its_step(
+    failure: str, fleet: EngineFleet, events: Events
+) -> None:
+    record = fleet.run(asked(tasks.NoWayBackRequest, events, failure=failure))
     assert (record.state, record.steps["test.no_way_back"].result) == (State.SUCCEEDED, 2)
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 STUBBORN = 6
-"""Attempts of an undo whose error is not worth trying again elsewhere: about a minute."""
+"""Attempts where there is no way back, if the error is not worth trying again elsewhere: about a minute."""
 
 LOCKED_PAUSE = 3.0
 """Seconds at the most until a step is tried again that met another process' lock."""
@@ -140,8 +140,9 @@ def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
         return Ending("retry" if ctx.lease.attempt < _attempts(made, ctx, error) else "failed", error=error)
     except Exception as error:
         log.exception("unforeseen error")
-        # What cannot be removed now (disk full, an I/O error) may be later, and an undo is repeatable by nature.
-        may_retry = ctx.is_undo and isinstance(error, OSError) and ctx.lease.attempt < made.retries.attempts
+        # What cannot be removed now (disk full, an I/O error) may be later, and to remove is repeatable by nature.
+        may_retry = _has_no_way_back(ctx) and isinstance(error, OSError)
+        may_retry = may_retry and ctx.lease.attempt < _retries(made, ctx).attempts
         return Ending("retry" if may_retry else "failed", error=InternalError(f"{type(error).__name__}: {error}"))
 
 
@@ -154,8 +155,13 @@ def _attempts(made: Step[Any], ctx: StepContext, error: FleetError) -> int:
     """How often a step that failed so may be tried in all."""
     if error.retryable or isinstance(error, BrokerUnavailable):  # the work is sound, only Redis was away
         return _retries(made, ctx).attempts
-    # A full disk may have room again in a minute, and an undo that is given up leaves a guest half way.
-    return STUBBORN if ctx.is_undo and not isinstance(error, NotOurs) else 1
+    # A full disk may have room again in a minute, and what is given up leaves a guest half way.
+    return STUBBORN if _has_no_way_back(ctx) and not isinstance(error, NotOurs | Cancelled) else 1
+
+
+def _has_no_way_back(ctx: StepContext) -> bool:
+    """Whether nobody puts right what this step leaves undone."""
+    return ctx.is_undo or ctx.is_irrevocable
 
 
 def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeeper, ending: Ending) -> bool:
