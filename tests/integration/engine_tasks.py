@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from worker.engine.step import step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
 from worker.engine.worker import run_worker
-from worker.errors import HostUnreachable, InvalidSpec, InvalidState, NoSpace, NotItsTurn
+from worker.errors import HostUnreachable, InstanceLocked, InvalidSpec, InvalidState, NoSpace, NotItsTurn
 from worker.models import Name
 
 HOST = "h1"
@@ -138,6 +139,31 @@ def queueing(ctx: StepContext, request: Asked) -> int:
         turns = Path(request.log).read_text().count('"what": "begin"')
         if turns < 5:
             raise NotItsTurn("not yet")
+        return ctx.lease.attempt
+
+
+TWICE = Retries(attempts=2, first_pause=0.1, longest_pause=0.1)
+
+
+@step("test.locked", queue="control", retries=TWICE)
+def locked(ctx: StepContext, request: Asked) -> int:
+    """Another process holds the instance's lock: for longer than the step may be tried, and then it fails once."""
+    with noted(ctx):
+        if ctx.lease.attempt < 5:
+            raise InstanceLocked("not yet")
+        if ctx.lease.attempt < 6:
+            raise HostUnreachable("not yet")
+        return ctx.lease.attempt
+
+
+@step("test.killed", queue="disk", retries=TWICE)
+def killed(ctx: StepContext, request: Asked) -> int:
+    """Its process dies as often as the step may be tried, and then it fails once."""
+    with noted(ctx):
+        if ctx.lease.attempt < 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if ctx.lease.attempt < 4:
+            raise HostUnreachable("not yet")
         return ctx.lease.attempt
 
 
@@ -279,6 +305,22 @@ class QueueingRequest(Asked): ...
 @operation("test.queueing_only", QueueingRequest)
 def queueing_up(op: Operation[QueueingRequest]) -> Canvas:
     return queueing.on(op)
+
+
+class LockedRequest(Asked): ...
+
+
+@operation("test.locked_only", LockedRequest)
+def locked_out(op: Operation[LockedRequest]) -> Canvas:
+    return locked.on(op)
+
+
+class KilledRequest(Asked): ...
+
+
+@operation("test.killed_only", KilledRequest)
+def killed_often(op: Operation[KilledRequest]) -> Canvas:
+    return killed.on(op)
 
 
 class NoWayBackRequest(Asked):

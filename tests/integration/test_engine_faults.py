@@ -94,6 +94,12 @@ def test_a_step_goes_on_after_its_pool_process_was_killed(fleet: EngineFleet, ev
     assert fleet.workers["disk"].alive
 
 
+def test_the_deaths_of_a_worker_spend_no_attempts(fleet: EngineFleet, events: Events) -> None:
+    record = fleet.run(tasks.KilledRequest(log=str(events.path), name=new_id()))
+    step = record.steps["test.killed"]
+    assert (record.state, step.result, step.lost) == (State.SUCCEEDED, 4, 2)
+
+
 def test_a_worker_that_was_frozen_does_not_work_beside_its_successor(fleet: EngineFleet, events: Events) -> None:
     """Its lease runs out; the operation is cancelled and undone; then it wakes up, and must change nothing."""
     record = begin(tasks.ChainRequest, events, seconds=30)

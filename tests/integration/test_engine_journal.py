@@ -300,6 +300,7 @@ def test_a_lease_is_lost_when_somebody_took_over(journal: Journal) -> None:
     new = take(journal, by="second")
     assert new.fence > old.fence
     assert new.attempt == 2
+    assert journal.read("op").steps["copy"].lost == 1, "the first attempt ended in silence"
     assert journal.renew(old) == ("lost", False)
     assert journal.commit(old, "done", look_in=1, result="stale") == "refused"
     assert journal.push_undo(old, ENTRY) == "refused"

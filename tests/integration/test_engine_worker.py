@@ -84,6 +84,12 @@ def test_who_waits_for_its_turn_spends_no_attempts(fleet: EngineFleet, events: E
 # --- failing ------------------------------------------------------------------------------------------------------
 
 
+def test_who_meets_the_lock_of_another_process_spends_no_attempts(fleet: EngineFleet, events: Events) -> None:
+    record = fleet.run(asked(tasks.LockedRequest, events))
+    step = record.steps["test.locked"]
+    assert (record.state, step.result, step.locked) == (State.SUCCEEDED, 6, 4)
+
+
 @pytest.mark.parametrize("failure", ["retryable", "permanent", "os"])
 def test_what_cannot_be_taken_back_is_tried_more_often_than_its_step(
     failure: str, fleet: EngineFleet, events: Events

@@ -100,7 +100,7 @@ def _details(step: StepRecord, report: dict[str, Any]) -> str:
         took = (step.ended_at or 0) - (step.started_at or 0)
         return f"[dim]{took:.2f} s[/]"
     if step.state is StepState.RETRY and step.error:
-        attempts = f"attempt {step.attempt} of {step.error.get('attempts', '?')}"
+        attempts = f"attempt {step.error.get('attempt', step.attempt)} of {step.error.get('attempts', '?')}"
         return f"[yellow]{attempts} failed, next {output.when(step.due)[11:]} UTC: {escape(step.error['message'])}[/]"
     if step.state is StepState.FAILED and step.error:
         return f"[red]{escape(step.error['message'])}[/]"

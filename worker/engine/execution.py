@@ -49,9 +49,11 @@ STUBBORN = 6
 LOCKED_PAUSE = 3.0
 """Seconds at the most until a step is tried again that met another process' lock."""
 
-MOST_LOST = 5
-"""Attempts beyond a step's own that may end in silence, the worker having died, before the step fails."""
+MOST_LOCKED = 120
+"""Attempts that may meet another process' lock before the step fails: some 8 s each, a quarter of an hour in all."""
 
+MOST_LOST = 5
+"""How often more than it may be tried a step may end in silence, the worker having died, before it fails."""
 
 _here: set[tuple[str, str]] = set()
 """The steps that threads of this process are at, by operation and key."""
@@ -120,14 +122,16 @@ def _logged(ctx: StepContext) -> Iterator[None]:
     log.info("begins", **facts, at=time.monotonic())
     try:
         yield
+    except InstanceLocked:
+        facts["met_lock"] = True
+        raise
     finally:
         log.info("ends", **facts, at=time.monotonic())
 
 
 def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
-    lost = ctx.lease.attempt - _retries(made, ctx).attempts
-    if lost > MOST_LOST:
-        return Ending("failed", error=WorkerLost(f"the worker died {lost} times or more in this step"))
+    if ctx.step.lost > _retries(made, ctx).attempts + MOST_LOST:
+        return Ending("failed", error=WorkerLost(f"the worker died {ctx.step.lost} times in this step"))
     try:
         ctx.check()  # this process may have stood still since it took the step
         with _logged(ctx), watched_by(ctx):
@@ -136,13 +140,16 @@ def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
         return Ending("done", result)
     except (HandedOver, NotItsTurn) as error:
         return Ending("retry", error=error)
+    except InstanceLocked as error:
+        most = max(MOST_LOCKED, _retries(made, ctx).attempts)
+        return Ending("retry" if ctx.step.locked < most else "failed", error=error)
     except FleetError as error:
-        return Ending("retry" if ctx.lease.attempt < _attempts(made, ctx, error) else "failed", error=error)
+        return Ending("retry" if ctx.tries < _attempts(made, ctx, error) else "failed", error=error)
     except Exception as error:
         log.exception("unforeseen error")
         # What cannot be removed now (disk full, an I/O error) may be later, and to remove is repeatable by nature.
         may_retry = _has_no_way_back(ctx) and isinstance(error, OSError)
-        may_retry = may_retry and ctx.lease.attempt < _retries(made, ctx).attempts
+        may_retry = may_retry and ctx.tries < _retries(made, ctx).attempts
         return Ending("retry" if may_retry else "failed", error=InternalError(f"{type(error).__name__}: {error}"))
 
 
@@ -174,12 +181,13 @@ def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeepe
         # lost since, or whose clock was ahead, the next attempt gets a higher one.
         patiently(book.outgrow, error.details["current_fence"])
     fields = {"result": ending.result} if error is None else {"error": _told(error, made, ctx)}
-    pause = _retries(made, ctx).pause(lease.attempt) if ending.outcome == "retry" else ctx.settings.publish_grace
+    pause = _retries(made, ctx).pause(ctx.tries) if ending.outcome == "retry" else ctx.settings.publish_grace
     if isinstance(error, HandedOver | NotItsTurn):
         pause = 0.0 if isinstance(error, HandedOver) else pause
         fields |= {"attempt": lease.attempt - 1}
     if isinstance(error, InstanceLocked):  # by one that stood still, as a rule, and lets go as soon as it goes on
         pause = min(pause, LOCKED_PAUSE)
+        fields |= {"locked": ctx.step.locked + 1}
     verdict = _verdict(ctx, book, error) if error and ending.outcome == "failed" else None
 
     def commit() -> str:
@@ -196,7 +204,7 @@ def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeepe
 
 def _told(error: FleetError, made: Step[Any], ctx: StepContext) -> dict[str, Any]:
     """The error with where and when it happened."""
-    attempts = {"attempt": ctx.lease.attempt, "attempts": _retries(made, ctx).attempts}
+    attempts = {"attempt": ctx.tries, "attempts": _retries(made, ctx).attempts}
     return {**error.as_dict(), "step": ctx.lease.step, "host": ctx.host, **attempts}
 
 

@@ -69,11 +69,16 @@ Stages = tuple[tuple[StepPlan, ...], ...]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What is known of one step. Times in seconds since the epoch by Redis' clock."""
+    """What is known of one step. Times in seconds since the epoch by Redis' clock.
+
+    Of its attempts, `lost` ended in silence, as their worker died, and `locked` met another process' lock.
+    """
 
     plan: StepPlan
     state: StepState = StepState.PENDING
     attempt: int = 0
+    lost: int = 0
+    locked: int = 0
     fence: int = 0
     worker: str = ""
     due: float | None = None
@@ -271,6 +276,8 @@ def _step(plan: StepPlan, fields: dict[str, str]) -> StepRecord:
         plan=plan,
         state=StepState(get("state") or StepState.PENDING),
         attempt=int(get("attempt") or 0),
+        lost=int(get("lost") or 0),
+        locked=int(get("locked") or 0),
         fence=int(get("fence") or 0),
         worker=get("worker") or "",
         due=_number(get("due")),

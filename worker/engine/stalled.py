@@ -31,7 +31,7 @@ def why_stalled(record: Record, leases: Mapping[str, float], now: float) -> str:
 def _why(step: StepRecord, leases: Mapping[str, float], now: float) -> str:
     where = f"{step.key} on {step.plan.host}"
     if step.state is StepState.RETRY and step.error:
-        attempts = f"attempt {step.attempt} of {step.error.get('attempts', '?')}"
+        attempts = f"attempt {step.error.get('attempt', step.attempt)} of {step.error.get('attempts', '?')}"
         return f"{where}: {attempts} failed: {step.error['message']}"
     if step.state is StepState.RUNNING and step.key not in leases:
         return f"{where}: its worker {step.worker} fell silent"

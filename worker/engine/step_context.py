@@ -13,7 +13,7 @@ from worker.engine.journal import Journal, Lease
 from worker.engine.lease import LeaseKeeper
 from worker.engine.patience import patiently
 from worker.engine.progress import Meter
-from worker.engine.record import UNDO_STEP, Record, StepPlan, UndoEntry
+from worker.engine.record import UNDO_STEP, Record, UndoEntry
 from worker.engine.registry import Registry, registry
 from worker.errors import BrokerUnavailable, Cancelled, FencedOff
 from worker.settings import get_settings
@@ -35,7 +35,8 @@ class StepContext:
         self._book = book
         self._task = task
         self._meter = Meter(self._report, self._show)
-        self.plan = _plan_of(record, lease.step)
+        self.step = next(step for step in (*record.steps.values(), *record.undo_steps) if step.key == lease.step)
+        self.plan = self.step.plan
         self.settings = get_settings()
 
     @property
@@ -47,6 +48,11 @@ class StepContext:
     def fence(self) -> int:
         """Number of this execution; higher ones take over from lower ones."""
         return self.lease.fence
+
+    @property
+    def tries(self) -> int:
+        """How often the step was tried by now: a worker's death and another process' lock do not count."""
+        return self.lease.attempt - self.step.lost - self.step.locked
 
     @property
     def is_undo(self) -> bool:
@@ -141,7 +147,3 @@ class StepContext:
             events.tell(self._task.request.hostname, "task-progress", self._task.request.id, result=line)
         except BrokerUnavailable as error:
             log.debug("progress not shown in Flower", error=str(error))
-
-
-def _plan_of(record: Record, key: str) -> StepPlan:
-    return next(step.plan for step in (*record.steps.values(), *record.undo_steps) if step.key == key)

@@ -68,6 +68,7 @@ fence = string.format('%.0f', fence)
 redis.call('SET', KEYS[4], fence)
 redis.call('SET', KEYS[2], ARGV[4], 'PX', ARGV[5])
 redis.call('HINCRBY', KEYS[1], field .. 'attempt', 1)
+if step == 'running' then redis.call('HINCRBY', KEYS[1], field .. 'lost', 1) end
 local stamp = string.format('%.6f', now)
 redis.call('HSETNX', KEYS[1], field .. 'started_at', stamp)
 redis.call('HSET', KEYS[1], field .. 'state', 'running', field .. 'fence', fence, field .. 'worker', ARGV[3])

@@ -10,5 +10,6 @@ if redis.call('HGET', KEYS[1], field .. 'state') ~= 'running' then return '' end
 redis.call('DEL', KEYS[2])
 local now = string.format('%.6f', seconds())
 redis.call('HSET', KEYS[1], field .. 'state', 'retry', field .. 'due', now, field .. 'error', ARGV[5])
+redis.call('HINCRBY', KEYS[1], field .. 'lost', 1)
 redis.call('ZADD', KEYS[3], now, ARGV[1])
 return '1'
