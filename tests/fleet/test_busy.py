@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from tests.fleet.conftest import Spawn
-from tests.fleet.parts import Commands, Page, Scheduler, WebServer, domains, files, remains, virsh
+from tests.fleet.parts import Commands, Page, Record, Scheduler, WebServer, domains, files, remains, virsh
 from tests.lab import Fleet, LabHost, wait_until
 from worker.models import MIB
 
@@ -22,6 +27,53 @@ def begun(command: Commands, operation: str, step: str) -> Callable[[], bool]:
         return any(one["name"] == step and one["state"] == "running" for one in shown.get("steps", ()))
 
     return look
+
+
+@contextmanager
+def stopped_as_it_appears(host: LabHost, name: str) -> Iterator[None]:
+    """A guest's QEMU stands still from its first instructions on."""
+    ended = threading.Event()
+
+    def stop() -> None:
+        while not ended.is_set():
+            if pid := host.find_qemu(name):
+                os.kill(pid, signal.SIGSTOP)
+                return
+
+    watch = threading.Thread(target=stop)
+    watch.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watch.join()
+        if pid := host.find_qemu(name):
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("verb", ["spawn", "power_on"])
+def test_a_start_that_hangs_can_be_cancelled(
+    verb: str, fleet: Fleet, host: LabHost, scheduler: Scheduler, command: Commands, spawn: Spawn, wanted: Record
+) -> None:
+    """libvirt waits for a QEMU that does not answer as long as it takes."""
+    name, operation = wanted["name"], f"hung-{wanted['name']}"
+    step = "spawn_instance" if verb == "spawn" else "power_on"
+    if verb == "power_on":
+        spawn(**wanted)
+        scheduler.call("power_off", instance=name, timeout=0)
+    arguments = wanted if verb == "spawn" else {"instance": name}
+    with stopped_as_it_appears(host, name):
+        answer = scheduler.send(verb, operation_id=operation, **arguments)
+        wait_until(lambda: host.find_qemu(name), 20, "its QEMU appears")
+        wait_until(begun(command, operation, step), 20, "the step is at work")
+        time.sleep(2)
+        assert begun(command, operation, step)()
+        assert command("cancel", operation, "--no-wait").returncode == 0
+        assert answer.get(timeout=60)["state"] == "cancelled"
+        if verb == "spawn":
+            assert remains(fleet) == {}
+    if verb == "power_on":
+        assert scheduler.call("power_off", instance=name, timeout=0)["state"] == "succeeded"
 
 
 def test_a_busy_instance_is_refused_and_the_owner_named(

@@ -20,20 +20,22 @@ from worker.errors import GuestHung
 ANSWER_SECONDS = 15.0
 """How long QEMU may take to answer; a healthy one does within milliseconds, a busy one within a second or two."""
 
+START_SECONDS = 600.0
+"""How long a guest may take to start. One with saved memory reads that first; others are up within seconds."""
+
 HEED_SECONDS = 0.5
 """How often one who waits looks whether the answer is still wanted."""
 
 Answer = tuple[Any, Exception | None]
 
-ANSWERED_BY_QEMU = frozenset(
-    {
-        *("shutdownFlags", "reboot", "reset", "suspend", "resume", "pMWakeup"),
-        *("blockJobInfo", "blockJobAbort", "blockCopy"),
-        *("backupBegin", "jobStats", "abortJob"),
-    }
-)
-"""Calls of a domain that end at QEMU's monitor, and soon. Those that take their time there (save, destroy) have a
-bound of libvirt's own, or somebody who follows them."""
+ANSWERED_BY_QEMU = {
+    **dict.fromkeys(("shutdownFlags", "reboot", "reset", "suspend", "resume", "pMWakeup"), ANSWER_SECONDS),
+    **dict.fromkeys(("blockJobInfo", "blockJobAbort", "blockCopy"), ANSWER_SECONDS),
+    **dict.fromkeys(("backupBegin", "jobStats", "abortJob"), ANSWER_SECONDS),
+    "createWithFlags": START_SECONDS,
+}
+"""Calls of a domain that end at QEMU's monitor, and within how many seconds. Those that take their time there (save,
+destroy) have a bound of libvirt's own, or somebody who follows them."""
 
 
 class _Bounded:
@@ -45,9 +47,9 @@ class _Bounded:
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._domain, name)
-        return partial(self.ask, attribute) if name in ANSWERED_BY_QEMU else attribute
+        return partial(self.ask, attribute, within=ANSWERED_BY_QEMU[name]) if name in ANSWERED_BY_QEMU else attribute
 
-    def ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
+    def ask(self, call: Callable[..., Any], *arguments: Any, within: float = ANSWER_SECONDS) -> Any:
         """Make the call in a thread that may be left behind: it ends with QEMU, or with its connection."""
         outcome: queue.SimpleQueue[Answer] = queue.SimpleQueue()
 
@@ -58,21 +60,19 @@ class _Bounded:
                 outcome.put((None, error))
 
         threading.Thread(target=run, name=f"ask {self._domain.name()}", daemon=True).start()
-        answer, error = self._await(outcome)
+        answer, error = self._await(outcome, within)
         if error is not None:
             raise error
         return answer
 
-    def _await(self, outcome: queue.SimpleQueue[Answer]) -> Answer:
-        deadline = time.monotonic() + ANSWER_SECONDS
+    def _await(self, outcome: queue.SimpleQueue[Answer], within: float) -> Answer:
+        deadline = time.monotonic() + within
         while time.monotonic() < deadline:
             try:
                 return outcome.get(timeout=HEED_SECONDS)
             except queue.Empty:
                 check_watcher()
-        raise GuestHung(
-            f"QEMU of {self._domain.name()} on host {self._host} did not answer within {ANSWER_SECONDS:.0f} s"
-        )
+        raise GuestHung(f"QEMU of {self._domain.name()} on host {self._host} did not answer within {within:.0f} s")
 
 
 def asked(domain: libvirt.virDomain, call: Callable[..., Any], *arguments: Any) -> Any:
