@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import structlog
@@ -24,6 +25,9 @@ from worker.engine.stalled import why_stalled
 
 FIRST_POLL, SLOWEST_POLL = 0.02, 0.2
 """Seconds between two looks at an operation (a look costs under a millisecond); short ones end soon."""
+
+MOST_LOOKED_AT = 10_000
+"""Unfinished operations that a search for those that do not move goes through."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,13 @@ class Fleet:
         return retry_undo(operation_id)
 
     def stalled(self, limit: int) -> list[tuple[Record, str]]:
-        """Operations that do not move, with the reason."""
-        records = {record.id: record for record in self.journal.unfinished(limit)}
-        records |= {record.id: record for record in self.journal.stuck(limit)}
+        """Operations that do not move, with the reason: at most `limit`, however many do move."""
         now = self.journal.now()
-        reasons = [(record, why_stalled(record, self._leases(record), now)) for record in records.values()]
-        return [(record, why) for record, why in reasons if why]
+        records = {
+            record.id: record for record in [*self.journal.stuck(limit), *self.journal.unfinished(MOST_LOOKED_AT)]
+        }
+        reasons = ((record, why_stalled(record, self._leases(record), now)) for record in records.values())
+        return list(islice(((record, why) for record, why in reasons if why), limit))
 
     def _leases(self, record: Record) -> dict[str, float]:
         return self.journal.leases(record, [*record.steps.values(), *record.undo_steps])

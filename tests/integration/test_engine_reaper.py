@@ -89,3 +89,13 @@ def test_what_nobody_takes_is_told_of(book: Journal, tmp_path: Path) -> None:
     ((record, why),) = Fleet().stalled(10)
     assert record.id == operation
     assert "published 1 times, last 60 s ago, and no worker has taken it" in why
+
+
+def test_what_does_not_move_is_found_among_many_that_do(book: Journal, tmp_path: Path) -> None:
+    """The reaper looks at it last of all."""
+    still = ask(tmp_path)
+    book.redis.hset(keys.operation(still), "step:test.long_call:published", book.now() - 60)
+    book.redis.zadd(keys.ATTENTION, {still: keys.NOT_BEGUN + book.now() + 300})
+    for _ in range(5):
+        ask(tmp_path)
+    assert [record.id for record, _ in Fleet().stalled(1)] == [still]
