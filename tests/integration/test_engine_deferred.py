@@ -45,6 +45,16 @@ def test_one_that_is_forgotten_is_not_submitted(journal: Journal) -> None:
     assert journal.find("op-never") is None
 
 
+def test_many_that_are_due_do_not_keep_the_reaper_from_operations_that_stand_still(journal: Journal) -> None:
+    for number in range(5):
+        deferred.defer(f"op-{number}", KIND, known(f"web-{number}"), 0.0)
+    assert deferred.submit_due(journal.redis, 10, seconds=0.0), "some are left for the next tick"
+    assert [record.id for record in journal.latest(10)] == ["op-0"]
+    while deferred.submit_due(journal.redis, 10, seconds=0.0):
+        pass
+    assert {record.id for record in journal.latest(10)} == {f"op-{number}" for number in range(5)}
+
+
 def test_one_that_is_turned_away_does_not_hold_up_the_others(journal: Journal) -> None:
     deferred.defer("op-wrong", KIND, {"instance": "nobody"}, 0.0)
     deferred.defer("op-right", KIND, known("web"), 0.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from typing import Any, cast
 
 import structlog
@@ -45,12 +47,18 @@ def forget(operation_id: str) -> None:
     _forget(shared(), operation_id)
 
 
-def submit_due(redis: Redis, limit: int) -> None:
-    """Submit what is due. An id is admitted once, so whoever dies here leaves nothing to be done twice."""
+def submit_due(redis: Redis, limit: int, *, seconds: float = math.inf) -> bool:
+    """Submit what is due, and begin with none after so many seconds; whether some may be left.
+
+    An id is admitted once, so whoever dies here leaves nothing to be done twice.
+    """
+    enough = time.monotonic() + seconds
     now = Journal(redis).now()
     with translated():
         due = cast("list[str]", redis.zrangebyscore(keys.DEFERRED, "-inf", now, start=0, num=limit))
-    for operation_id in due:
+    for submitted, operation_id in enumerate(due):
+        if submitted and time.monotonic() > enough:
+            return True
         try:
             _submit(redis, operation_id)
         except HostsAreJoining:
@@ -64,6 +72,7 @@ def submit_due(redis: Redis, limit: int) -> None:
             _put_off(redis, operation_id, now + PUT_OFF)
         else:
             _forget(redis, operation_id)
+    return len(due) == limit
 
 
 def _put_off(redis: Redis, operation_id: str, until: float) -> None:

@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 BATCH = 50
 BUDGET = 0.02
 """A tick looks at so many operations, for so many seconds, at the most: the leader renews its lease in time, and the
-worker's other threads get their turn."""
+worker's other threads get their turn. Half of that may go to requests that the fleet submits itself."""
 
 BREATH = 0.05
 """Seconds between two ticks while more operations are due than one tick could look at."""
@@ -76,12 +76,12 @@ class Reaper(threading.Thread):
         self._ended.set()
 
     def tick(self) -> bool:
-        """Look at operations that are due, as the leader; whether some are left to look at."""
+        """Submit requests and look at operations that are due, as the leader; whether some are left."""
         if not self._leads():
             return False
         self._trim()
-        submit_due(self._redis, BATCH)
         enough = time.monotonic() + BUDGET
+        more = submit_due(self._redis, BATCH, seconds=BUDGET / 2)
         due, queues = self._book.due(BATCH), QueueLook(self._redis)
         for looked_at, operation_id in enumerate(due):
             if looked_at and time.monotonic() > enough:
@@ -98,7 +98,7 @@ class Reaper(threading.Thread):
                 if isinstance(decision, Publish | Undo | TurnBack | End):
                     self._book.count(f"reaper:{type(decision).__name__.lower()}")
                 log.debug("looked at", operation=operation_id, decision=repr(decision))
-        return len(due) == BATCH
+        return more or len(due) == BATCH
 
     def _trim(self) -> None:
         if time.monotonic() - self._trimmed_at > TRIM_EVERY:
