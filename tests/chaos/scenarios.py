@@ -208,6 +208,18 @@ SCENARIOS = (
     Power("power_on", OFF, RUNNING, frozenset({OFF, RUNNING})).scenario(),
     Power("power_off", RUNNING, OFF, frozenset({RUNNING, OFF}), arguments=IMPATIENT).scenario(),
     Power("reboot", RUNNING, RUNNING, frozenset({RUNNING}), cancel_at="reboot", arguments=IMPATIENT).scenario(),
+    replace(
+        Power(
+            "power_off", PAUSED, OFF, frozenset({PAUSED, OFF}), cancel_at="power_off", arguments=IMPATIENT
+        ).scenario(),
+        name="power_off of one that is paused",
+    ),
+    replace(
+        Power(
+            "reboot", PAUSED, RUNNING, frozenset({PAUSED, RUNNING}), cancel_at="reboot", arguments=IMPATIENT
+        ).scenario(),
+        name="reboot of one that is paused",
+    ),
     Power("pause", RUNNING, PAUSED, frozenset({RUNNING, PAUSED})).scenario(),
     Power("resume", PAUSED, RUNNING, frozenset({RUNNING, PAUSED})).scenario(),
     Scenario(

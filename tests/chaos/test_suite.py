@@ -5,16 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pkgutil
 import time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tasks import steps
 from tests.chaos import faults, scenarios
 from tests.chaos.invariants import Played, executions
 from tests.chaos.rounds import combinations, drawn
 from tests.chaos.watch import PAUSE, Watch
+from worker.engine import kinds, undo
 from worker.engine.record import Record, Stages, State, StepPlan
+from worker.engine.step import Step
 
 OPERATION = "op-1"
 NOBODY = 2**22 + 1  # above the largest pid of a 64-bit Linux
@@ -111,6 +116,21 @@ def test_all_combinations_come_in_turn() -> None:
     choices = combinations([], [], as_root=True)
     rounds = [drawn(7, number, choices) for number in range(len(choices))]
     assert {(one.operation, one.fault, one.step) for one in rounds} == set(choices)
+
+
+NOT_DISTURBED = {
+    "undo": "a moment of every scenario that has something to be undone",
+    "lend_snapshot": "needs a snapshot on another host; the lending is that of `lend`, which is disturbed",
+}
+"""Steps that are in no scenario, and why."""
+
+
+def test_every_operation_and_every_step_is_disturbed() -> None:
+    modules = [import_module(f"tasks.steps.{one.name}") for one in pkgutil.iter_modules(steps.__path__)]
+    made = {one.name for module in (*modules, undo) for one in vars(module).values() if isinstance(one, Step)}
+    assert {step.partition(":")[0] for one in scenarios.SCENARIOS for step in one.steps} == made - set(NOT_DISTURBED)
+    operations = {name for name in kinds._kinds if name.startswith("virtfleet.")}
+    assert {one.task for one in scenarios.SCENARIOS} == operations
 
 
 def test_every_fault_meets_every_operation() -> None:
