@@ -230,7 +230,6 @@ class GuestDisk(Frozen):
     path: Path
     format: str
     backing: Path | None = None
-    backing_format: str | None = None
     role: str = ""
     readonly: bool = False
 

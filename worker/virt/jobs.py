@@ -56,8 +56,7 @@ _BACKUP = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
 # Files that libvirt makes itself are made one after the other while a frozen guest waits (two disks: 0.7 s, not 0.3 s).
 _BEGIN_FLAGS = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL
 _MIRROR_FLAGS = (
-    libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW
-    | libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
+    libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
     # Without it libvirt asks that the guest be undefined first, and a guest that then powers off is lost.
     | libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
 )
@@ -207,8 +206,13 @@ class MirrorJob:
     def _trying_to(self, verb: str) -> AbstractContextManager[None]:
         return translated(f"{verb} {self._disk} of {self._guest.name}", self._guest.host)
 
-    def begin(self, target: Path, bytes_per_second: int | None = None, *, synchronous: bool = False) -> None:
-        """Mirror the disk's top layer to a qcow2 file that was made for it, on the same backing file.
+    def begin(
+        self, target: Path, form: DiskFormat, bytes_per_second: int | None = None, *, synchronous: bool = False
+    ) -> None:
+        """Mirror the disk, with all that it builds on, to an empty image of its size.
+
+        Not its top layer alone: libvirt puts nothing below that copy until it is to be pivoted to, and a write that
+        goes to both and fills a cluster in part has QEMU take the rest of it for zeros (libvirt 9.0, QEMU 7.2).
 
         A guest that writes faster than is copied keeps it from ever being ready, unless it is `synchronous`: the
         guest's writes go to both then, and are as slow as the slower one (VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES).
@@ -218,9 +222,7 @@ class MirrorJob:
         parameters = {} if bytes_per_second is None else {libvirt.VIR_DOMAIN_BLOCK_COPY_BANDWIDTH: bytes_per_second}
         try:
             with self._trying_to("mirror"):
-                _past_leftovers(
-                    self._guest.domain.blockCopy, self._disk, _text(self._target_xml(target)), parameters, flags
-                )
+                _past_leftovers(self._guest.domain.blockCopy, self._disk, _mirror_xml(target, form), parameters, flags)
         except InvalidState as error:
             if "transient" not in error.message:
                 raise
@@ -258,15 +260,10 @@ class MirrorJob:
                 return disk.find("mirror")
         return None
 
-    def _target_xml(self, target: Path) -> _Element:
-        disk = next(disk for disk in self._guest.disks() if disk.target == self._disk)
-        backing = E("backingStore")
-        if disk.backing:
-            # The base is shared: a relabelled one would belong to QEMU's user.
-            source = E("source", E("seclabel", model="dac", relabel="no"), file=str(disk.backing))
-            form = E("format", type=disk.backing_format or "qcow2")
-            backing = E("backingStore", form, source, E("backingStore"), type="file")
-        return E("disk", E("driver", type="qcow2"), E("source", file=str(target)), backing, type="file")
+
+def _mirror_xml(target: Path, form: DiskFormat) -> str:
+    image = E("driver", type=form), E("source", file=str(target)), E("backingStore")
+    return _text(E("disk", *image, type="file"))
 
 
 def _backup_xml(every: Iterable[str], chosen: Mapping[str, BlockTarget], since: str | None) -> _Element:
