@@ -47,6 +47,8 @@ MAY_REST = 60.0
 
 _POLL = 0.1  # seconds
 
+_ROUNDED = 0.001  # seconds: libvirt counts whole milliseconds
+
 _LEFTOVERS = 20
 """Nodes that a libvirtd which was killed as it began a job may have left in QEMU; it counts on past one each time."""
 
@@ -87,10 +89,15 @@ class JobProgress:
 
 
 class BackupJob:
-    """The backup job of a guest; there is at most one at a time."""
+    """The backup job of a guest; there is at most one at a time.
+
+    What this object has seen running it knows again when it has ended: by how long it ran, at least.
+    """
 
     def __init__(self, guest: Guest) -> None:
         self._guest = guest
+        self._first_seen: float | None = None
+        self._seen_for = 0.0  # seconds
 
     def _trying_to(self, verb: str) -> AbstractContextManager[None]:
         return translated(f"{verb} {self._guest.name}", self._guest.host)
@@ -109,6 +116,7 @@ class BackupJob:
         marked = _text(_checkpoint_xml(every, chosen, checkpoint)) if checkpoint else None
         with self._trying_to("back up"):
             _past_leftovers(self._guest.domain.backupBegin, backup, marked, _BEGIN_FLAGS)
+        self._first_seen, self._seen_for = time.monotonic(), 0.0
 
     def targets(self) -> dict[str, Path]:
         """Disk and file of each disk that the running job copies; empty when no backup runs."""
@@ -122,23 +130,29 @@ class BackupJob:
 
     def progress(self) -> JobProgress | None:
         """How far the backup is; None when none runs."""
+        asked_at = time.monotonic()
         job = self._guest.job_stats()
         if not job.get("type") or job.get("operation") != _BACKUP:
             return None
+        self._first_seen = self._first_seen or time.monotonic()
+        self._seen_for = max(self._seen_for, asked_at - self._first_seen)
         return JobProgress(int(job.get("disk_processed", 0)), int(job.get("disk_total", 0)))
 
     def require_success(self) -> None:
         """Raise unless the last job of the guest was a backup that ended well; asking again gives the same answer.
 
+        One that ran for less time than a backup was seen running here is another one, of somebody else.
         Raises NoSpace, InvalidState when the guest stopped, JobLost when libvirtd forgot it as it restarted,
         HypervisorError.
         """
         flags = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED | libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
         with self._trying_to("learn how the backup ended of"):
             ended = dict(self._guest.domain.jobStats(flags))
+        doing = f"the backup of {self._guest.name} on host {self._guest.host}"
+        if "time_elapsed" in ended and ended["time_elapsed"] / 1000 + _ROUNDED < self._seen_for:
+            raise JobLost(f"{doing} has ended, and another job after it: libvirt does not know how the first one did")
         if ended.get("operation") == _BACKUP and ended.get("success") is True:
             return
-        doing = f"the backup of {self._guest.name} on host {self._guest.host}"
         if reason := ended.get("errmsg"):
             raise (NoSpace if "No space left" in reason else HypervisorError)(f"{doing} failed: {reason}")
         if not self._guest.is_active():

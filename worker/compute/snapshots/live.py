@@ -93,11 +93,11 @@ def method(this: Taking) -> str:
 
 def _by_backup(this: Taking, taken: Taken | None = None) -> Taken:
     job = BackupJob(this.guest)
-    if taken is None:
-        abandon(this.guest, this.folder, this.ctx)
-        taken = _begin_backup(this, job)
+    begun = taken or _begin_backup(this, job)
     try:
-        _follow(this, [disk.path for disk in taken.disks], job.progress, lambda: job.progress() is None)
+        if taken is not None:
+            _require_sight(this, job, taken)
+        _follow(this, [disk.path for disk in begun.disks], job.progress, lambda: job.progress() is None)
         job.require_success()
     except JobLost:
         abandon(this.guest, this.folder, this.ctx)
@@ -105,10 +105,17 @@ def _by_backup(this: Taking, taken: Taken | None = None) -> Taken:
     except (InvalidState, HypervisorError) as error:
         _blame_power_off(this, error)
         raise
-    return taken
+    return begun
+
+
+def _require_sight(this: Taking, job: BackupJob, taken: Taken) -> None:
+    """Raise JobLost unless the backup still runs: how the last one ended libvirt tells, but not whose it was."""
+    if set(job.targets().values()) != {disk.path for disk in taken.disks} and this.guest.is_active():
+        raise JobLost(f"the backup of {this.guest.name} has ended while nobody saw how")
 
 
 def _begin_backup(this: Taking, job: BackupJob) -> Taken:
+    abandon(this.guest, this.folder, this.ctx)
     disks = _make_targets(this)
     targets = [BlockTarget(disk.target, disk.path, disk.format) for disk in disks]
     chain.sweep(this.guest, this.instance.local.data)

@@ -1,0 +1,157 @@
+"""Snapshots of a real guest, past the fleet: what becomes of them when others have to do with the guest, too."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from tests.lab import LabHost, lab_folder, wait_until
+from worker.compute.local import LocalHost, LocalInstance
+from worker.compute.snapshots import live
+from worker.context import Alone
+from worker.errors import JobLost, StateLockBusy
+from worker.images import qemu_img
+from worker.models import MIB, Disk, DomainConfig, Owner, SnapshotSpec
+from worker.settings import Settings
+from worker.virt.guest import Guest
+from worker.virt.host import Host
+from worker.virt.jobs import UNLIMITED, BackupJob, BlockTarget
+
+SIZE = 256 * MIB  # copied in part before its speed is limited
+SLOW = SnapshotSpec(limit_mib=1, quiesce="never")
+
+
+class KilledError(Exception):
+    """A worker that is killed cleans nothing up."""
+
+
+class Dies(Alone):
+    """The worker is killed as soon as its copy is under way."""
+
+    def progress(self, done: int, total: int | None = None, note: str = "") -> None:
+        raise KilledError
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[LabHost]:
+    with lab_folder() as folder, LabHost("verbs", folder) as lab:
+        yield lab
+
+
+@pytest.fixture
+def guest(lab: LabHost) -> Iterator[Guest]:
+    """A guest that runs, with two disks full of data."""
+    uuid = uuid4()
+    config = DomainConfig(
+        name=f"g-{uuid.hex[:8]}",
+        uuid=uuid,
+        owner=Owner(name="g", uuid=uuid, operation="op", fence=1),
+        vcpus=1,
+        memory_mib=64,
+        disks=tuple(_disk(lab, f"{uuid.hex[:8]}-{target}", target) for target in ("vda", "vdb")),
+        accel="qemu",
+        emulator=Path("/usr/bin/qemu-system-x86_64"),
+        console_log=lab.data / f"{uuid.hex[:8]}.log",
+    )
+    with connected(lab) as host:
+        guest = host.define(config)
+        guest.start()
+        yield guest
+    with connected(lab) as host:
+        left = host.guest(uuid)
+        left.destroy()
+        left.undefine()
+
+
+@contextmanager
+def connected(lab: LabHost) -> Iterator[Host]:
+    with Host.open(lab.uri, name=lab.name, timeout=10) as host:
+        yield host
+
+
+@pytest.fixture
+def instance(lab: LabHost, guest: Guest) -> LocalInstance:
+    return LocalInstance(local(lab), guest.name, str(guest.uuid))
+
+
+def local(lab: LabHost) -> LocalHost:
+    return LocalHost(lab.name, Settings(data_dir=lab.data, libvirt_uri=lab.uri))
+
+
+def _disk(lab: LabHost, name: str, target: str) -> Disk:
+    path = lab.data / f"{name}.qcow2"
+    qemu_img.create(path, "qcow2", SIZE)
+    write = f"write -P {ord(target[-1])} 0 {SIZE}"
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", write, str(path)], check=True, stdout=subprocess.DEVNULL)
+    return Disk(role="ephemeral", target=target, path=path, format="qcow2", virtual_size=SIZE)
+
+
+def virsh(lab: LabHost, *arguments: str) -> str:
+    command = ["virsh", "--quiet", "--connect", lab.uri, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+
+
+def back_up_foreignly(lab: LabHost, guest: Guest, speed: int = UNLIMITED) -> None:
+    """As a backup program does: all disks, as many bytes as ours."""
+    targets = [BlockTarget(disk, lab.data / f"{guest.name}-{disk}.theirs", "qcow2") for disk in ("vda", "vdb")]
+    for target in targets:
+        qemu_img.create(target.path, "qcow2", SIZE)
+    job = BackupJob(guest)
+    job.begin(targets)
+    job.limit({target.disk: speed for target in targets})
+
+
+def runs(guest: Guest) -> bool:
+    return guest.has_backup()
+
+
+@pytest.mark.parametrize("still_runs", [True, False])
+def test_the_success_of_a_foreign_backup_is_not_taken_for_ours(
+    lab: LabHost, guest: Guest, instance: LocalInstance, *, still_runs: bool
+) -> None:
+    operation = f"op-{guest.name}"
+    with pytest.raises(KilledError):
+        live.take(instance, SLOW, Dies(operation))
+    virsh(lab, "domjobabort", guest.name)
+    wait_until(lambda: not runs(guest), 10, "ours is aborted")
+    back_up_foreignly(lab, guest, MIB if still_runs else UNLIMITED)
+    if not still_runs:
+        wait_until(lambda: not runs(guest), 30, "theirs has ended")
+    with pytest.raises(JobLost):
+        live.take(instance, SLOW, Alone(operation))
+    assert runs(guest) is still_runs
+    if still_runs:
+        with pytest.raises(StateLockBusy):
+            live.take(instance, SLOW, Alone(operation))
+        virsh(lab, "domjobabort", guest.name)
+        wait_until(lambda: not runs(guest), 10, "theirs is aborted")
+    taken = live.take(instance, SnapshotSpec(quiesce="never"), Alone(operation))
+    for disk, copy in zip(guest.disks(), taken.disks, strict=True):
+        subprocess.run(["qemu-img", "compare", "-U", "-q", str(disk.path), str(copy.path)], check=True)
+
+
+def test_a_backup_that_ends_while_it_is_followed_is_not_mistaken_for_the_next_one(
+    lab: LabHost, guest: Guest, instance: LocalInstance
+) -> None:
+    class Takeover(Alone):
+        """In the moment between two looks at the job ours ends, and another one begins."""
+
+        happened = False
+
+        def progress(self, done: int, total: int | None = None, note: str = "") -> None:
+            if not self.happened:
+                self.happened = True
+                time.sleep(0.5)
+                assert runs(guest)
+                virsh(lab, "domjobabort", guest.name)
+                wait_until(lambda: not runs(guest), 10, "ours is aborted")
+                back_up_foreignly(lab, guest)
+
+    with pytest.raises(JobLost, match="another job after it"):
+        live.take(instance, SLOW, Takeover(f"op-{guest.name}"))
