@@ -107,6 +107,12 @@ class JobLost(Retryable):
     code = "job_lost"
 
 
+class LetGoTooEarly(Retryable):
+    """A guest that was to stand still for its snapshot's instant was held too long, and let go of before it."""
+
+    code = "let_go_too_early"
+
+
 class OutOfMemory(Retryable):
     """The host had no memory to start the guest with."""
 

@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,11 +14,13 @@ import pytest
 
 from tests.lab import LabHost, lab_folder, wait_until
 from worker.compute.local import LocalHost, LocalInstance
-from worker.compute.snapshots import live
+from worker.compute.snapshots import live, watch
+from worker.compute.snapshots.taking import now
+from worker.compute.snapshots.watch import HoldWatch
 from worker.context import Alone
-from worker.errors import JobLost, StateLockBusy
+from worker.errors import JobLost, LetGoTooEarly, StateLockBusy
 from worker.images import qemu_img
-from worker.models import MIB, Disk, DomainConfig, Owner, SnapshotSpec
+from worker.models import MIB, Disk, DomainConfig, Owner, PowerState, SnapshotSpec
 from worker.settings import Settings
 from worker.virt.guest import Guest
 from worker.virt.host import Host
@@ -155,3 +158,23 @@ def test_a_backup_that_ends_while_it_is_followed_is_not_mistaken_for_the_next_on
 
     with pytest.raises(JobLost, match="another job after it"):
         live.take(instance, SLOW, Takeover(f"op-{guest.name}"))
+
+
+def test_mirrors_whose_guest_was_let_go_of_too_early_are_made_anew(
+    lab: LabHost, guest: Guest, instance: LocalInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They end one after the other: a guest that ran meanwhile has no two disks at the same instant."""
+    operation, spec = f"op-{guest.name}", SnapshotSpec(method="mirror", quiesce="never")
+    monkeypatch.setattr(watch, "HELD_TOO_LONG", -1.0)
+
+    def too_late() -> datetime:
+        assert guest.power() is PowerState.PAUSED
+        HoldWatch([instance.local]).look(instance.local)
+        wait_until(lambda: guest.power() is PowerState.RUNNING, 10, "the watch has let go of the guest")
+        return now()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(live, "now", too_late)
+        with pytest.raises(LetGoTooEarly):
+            live.take(instance, spec, Alone(operation))
+    assert live.take(instance, spec, Alone(operation)).method == "mirror"

@@ -17,7 +17,7 @@ from worker.compute.local import LocalInstance
 from worker.compute.snapshots.jobs import give_way
 from worker.compute.snapshots.taking import Intent, Taking, intent_of, note_intent
 from worker.context import Alone, watched_by
-from worker.errors import AgentUnresponsive, FleetError, InvalidState, QuiesceFailed
+from worker.errors import AgentUnresponsive, FleetError, InvalidState, LetGoTooEarly, QuiesceFailed
 from worker.images.layout import SnapshotDir
 from worker.models import Consistency, PowerState
 from worker.virt import agent
@@ -53,7 +53,8 @@ def held(taking: Taking, *, pause: bool = False) -> Iterator[Hold]:
     """The guest writes nothing while the block runs: its file systems are frozen, as far as the request wants and the
     guest can, and with `pause` its CPUs stand still; a guest that was paused stays so.
 
-    Raises QuiesceFailed when the request demands a freeze and nothing could be frozen.
+    Raises QuiesceFailed when the request demands a freeze and nothing could be frozen, LetGoTooEarly when a guest that
+    was to stand still did not until the end.
     """
     hold = Hold()
     obstacle = _obstacle(taking, hold)
@@ -84,6 +85,10 @@ def held(taking: Taking, *, pause: bool = False) -> Iterator[Hold]:
         noted = intent_of(taking.folder)
         taking.folder.intent.unlink(missing_ok=True)
     if noted is not None and noted.released:
+        if intent.paused:
+            raise LetGoTooEarly(
+                f"{taking.guest.name} was let go of after {hold.seconds:.0f} s, and its disks may show several instants"
+            )
         hold.frozen = 0
         _accept(taking, hold, f"it was let go of after {hold.seconds:.0f} s, perhaps before the instant")
 
