@@ -14,8 +14,8 @@ import pytest
 
 from tests.lab import LabHost, lab_folder, wait_until
 from worker.compute.local import LocalHost, LocalInstance
-from worker.compute.snapshots import live, watch
-from worker.compute.snapshots.taking import now
+from worker.compute.snapshots import holding, live, watch
+from worker.compute.snapshots.taking import Intent, intent_of, note_intent, now
 from worker.compute.snapshots.watch import HoldWatch
 from worker.context import Alone
 from worker.errors import JobLost, LetGoTooEarly, StateLockBusy
@@ -178,3 +178,31 @@ def test_mirrors_whose_guest_was_let_go_of_too_early_are_made_anew(
         with pytest.raises(LetGoTooEarly):
             live.take(instance, spec, Alone(operation))
     assert live.take(instance, spec, Alone(operation)).method == "mirror"
+
+
+def test_a_guest_that_cannot_be_let_go_of_does_not_hold_up_the_others(
+    lab: LabHost, guest: Guest, instance: LocalInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "HELD_TOO_LONG", 0.5)
+    monkeypatch.setattr(holding, "LET_GO_WITHIN", 5.0)
+    who = {"name": guest.name, "uuid": str(guest.uuid), "host": lab.name}
+    hopeless, paused = (instance.local.data.unfinished_snapshot(f"{what}-{guest.name}").create() for what in ("h", "p"))
+    note_intent(hopeless, Intent(frozen=True, **who))  # it has no agent that could thaw it
+    note_intent(paused, Intent(paused=True, **who))
+    guest.pause()
+    other = LocalHost("other", instance.local.settings)  # a control worker may look after several hosts
+    holds = HoldWatch([instance.local, other])
+
+    def released() -> bool:
+        began = time.monotonic()
+        for host in (instance.local, other):
+            holds.look(host)
+        assert time.monotonic() - began < 1
+        intent = intent_of(paused)
+        return intent is not None and intent.released
+
+    wait_until(released, 5, "the one that can be let go of is")
+    assert guest.power() is PowerState.RUNNING
+    still = intent_of(hopeless)
+    assert still is not None
+    assert not still.released
