@@ -14,12 +14,12 @@ import pytest
 
 from tests.lab import LabHost, lab_folder, wait_until
 from worker.compute.local import LocalHost, LocalInstance
-from worker.compute.snapshots import holding, live, watch
+from worker.compute.snapshots import extract, holding, live, watch
 from worker.compute.snapshots.taking import Intent, intent_of, note_intent, now
 from worker.compute.snapshots.watch import HoldWatch
 from worker.context import Alone
-from worker.errors import JobLost, LetGoTooEarly, StateLockBusy
-from worker.images import qemu_img
+from worker.errors import JobLost, LetGoTooEarly, SnapshotDamaged, StateLockBusy
+from worker.images import qemu_img, snapshots
 from worker.models import MIB, Disk, DomainConfig, Owner, PowerState, SnapshotSpec
 from worker.settings import Settings
 from worker.virt.guest import Guest
@@ -206,3 +206,26 @@ def test_a_guest_that_cannot_be_let_go_of_does_not_hold_up_the_others(
     still = intent_of(hopeless)
     assert still is not None
     assert not still.released
+
+
+def test_a_guest_that_is_off_is_copied_once_more_after_its_host_was_started_anew(
+    guest: Guest, instance: LocalInstance
+) -> None:
+    """What was copied before need not have reached the disk, but what it was copied from has not changed."""
+    ctx, spec = Alone(f"op-{guest.name}"), SnapshotSpec()
+    guest.destroy()
+    taken = live.take(instance, spec, ctx).model_copy(update={"boot": "earlier"})
+    folder = instance.local.data.unfinished_snapshot(ctx.operation)
+    folder.instant.write_text(taken.model_dump_json())
+    folder.disk("vda", "qcow2").write_bytes(b"not all of it")
+    extracted = extract.extract(instance, spec, taken, ctx)
+    for disk, copy in zip(guest.disks(), extracted.disks, strict=True):
+        subprocess.run(["qemu-img", "compare", "-q", str(disk.path), str(copy.path)], check=True)
+    made_at = folder.disk("vda", "qcow2").stat().st_ctime_ns
+    assert extract.extract(instance, spec, taken, ctx) == extracted
+    assert folder.disk("vda", "qcow2").stat().st_ctime_ns == made_at  # finished in this boot
+    assert extract.publish(instance, extracted, ctx).definition
+    snapshots.remove(instance.local.data, ctx.operation)
+    guest.start()
+    with pytest.raises(SnapshotDamaged, match="started anew"):  # and has written since
+        extract.extract(instance, spec, taken, ctx)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from worker.compute.local import LocalInstance
 from worker.compute.provision import spec_of
+from worker.compute.snapshots import cold
 from worker.compute.snapshots.share import shares
-from worker.compute.snapshots.taking import published
+from worker.compute.snapshots.taking import published, taking
 from worker.context import Context, Watcher
 from worker.errors import SnapshotDamaged
 from worker.images import qemu_img, snapshots
@@ -20,22 +21,39 @@ from worker.images.layout import SnapshotDir, boot
 from worker.images.qcow2 import virtual_size
 from worker.images.reserve import Ledger
 from worker.images.sparse import punch_holes
-from worker.models import Snapshot, SnapshotDisk, SnapshotSpec, Taken, TakenDisk
+from worker.models import PowerState, Snapshot, SnapshotDisk, SnapshotSpec, Taken, TakenDisk
 
 
 def extract(instance: LocalInstance, spec: SnapshotSpec, taken: Taken, ctx: Context) -> Taken:
     """Give every disk its final form, in the snapshot's folder; disks that are there already are kept.
 
-    Raises NoSpace, Stalled, CommandFailed.
+    Raises NoSpace, Stalled, CommandFailed, and SnapshotDamaged where the host was started anew since, and the disks may
+    have changed.
     """
     if published(instance, ctx):
         return taken
+    if not _is_of_this_boot(taken):
+        taken = _caught_again(instance, spec, taken, ctx)
     work = _Extraction(instance, spec, taken, instance.local.data.unfinished_snapshot(ctx.operation))
     watches = shares(ctx, [disk.virtual_size for disk in taken.disks])
     # The disks of a guest that is off are read right here: nobody else of the fleet may touch them meanwhile.
     with instance.owned(ctx):
         disks = tuple(work.finish(disk, watch) for disk, watch in zip(taken.disks, watches, strict=True))
     return taken.model_copy(update={"disks": disks})
+
+
+def _caught_again(instance: LocalInstance, spec: SnapshotSpec, taken: Taken, ctx: Context) -> Taken:
+    """The same of this boot, where the guest's disks have held still: what was made of them need not be on the disk."""
+    with taking(instance, spec, ctx) as this:
+        left_as = PowerState.SAVED if taken.power in cold.ON else taken.power
+        if taken.method != "cold" or this.guest.power() is not left_as:
+            raise _started_anew(instance)
+        if (known := this.recall()) is not None:  # an earlier attempt was here
+            return known
+        for path in this.folder.create().path.iterdir():
+            path.unlink()
+        this.keep_definition()
+        return this.caught(**taken.model_dump(exclude={"boot"}))
 
 
 @dataclass(frozen=True)
@@ -92,7 +110,8 @@ def publish(instance: LocalInstance, taken: Taken, ctx: Context) -> Snapshot:
     snapshot = published(instance, ctx)
     if snapshot is None:
         folder = data.unfinished_snapshot(ctx.operation)
-        _require_this_boot(instance, taken)
+        if not _is_of_this_boot(taken):
+            raise _started_anew(instance)
         sums = _verified(taken, ctx, instance.local.settings.stall_timeout)
         for disk in taken.disks:
             os.chown(disk.path, os.geteuid(), os.getegid())  # a backup's file belongs to QEMU's user
@@ -104,13 +123,16 @@ def publish(instance: LocalInstance, taken: Taken, ctx: Context) -> Snapshot:
     return snapshot
 
 
-def _require_this_boot(instance: LocalInstance, taken: Taken) -> None:
+def _is_of_this_boot(taken: Taken) -> bool:
     """What was written before the host went down need not be on its disks, and looks as if it were."""
-    if taken.boot not in {"", boot()}:
-        raise SnapshotDamaged(
-            f"host {instance.local.name} was started anew while the snapshot was taken, which was not on its disk yet",
-            hint="Take it again.",
-        )
+    return taken.boot in {"", boot()}
+
+
+def _started_anew(instance: LocalInstance) -> SnapshotDamaged:
+    return SnapshotDamaged(
+        f"host {instance.local.name} was started anew while the snapshot was taken, which was not on its disk yet",
+        hint="Take it again.",
+    )
 
 
 def _verified(taken: Taken, ctx: Context, stall: float) -> dict[Path, str]:
