@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,10 +16,10 @@ import pytest
 
 from tests.lab import LabHost, lab_folder, wait_until
 from worker.context import Alone
-from worker.errors import CheckpointMissing, FleetError, HypervisorError, InvalidState, JobLost
+from worker.errors import CheckpointMissing, FleetError, GuestHung, HypervisorError, InvalidState, JobLost
 from worker.images import qemu_img
 from worker.models import MIB, Disk, DiskFormat, DomainConfig, Owner, PowerState
-from worker.virt import checkpoints, strays
+from worker.virt import bounded, checkpoints, strays
 from worker.virt.guest import Guest
 from worker.virt.host import Host
 from worker.virt.jobs import BackupJob, BlockTarget, MirrorJob
@@ -260,6 +261,30 @@ def test_an_increment_needs_its_checkpoint(lab: LabHost, guest: Guest) -> None:
     assert checkpoints.delete(guest, "first")
     assert checkpoints.delete(guest, "first")
     assert checkpoints.names(guest) == ["second"]
+
+
+@pytest.mark.parametrize("call", ["measure", "delete", "limit"])
+def test_a_qemu_that_hangs_holds_nobody_up(
+    lab: LabHost, guest: Guest, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    job = BackupJob(guest)
+    job.begin(targets(lab, f"hung-{call}"), checkpoint="first")
+    if call == "limit":
+        job.limit({"vda": MIB})
+    else:
+        ended(job)
+    calls: dict[str, Callable[[], object]] = {
+        "measure": lambda: checkpoints.changed_bytes(guest, "first"),
+        "delete": lambda: checkpoints.delete(guest, "first"),
+        "limit": lambda: job.limit({"vda": SLOW}),
+    }
+    monkeypatch.setattr(bounded, "ANSWER_SECONDS", 1.0)
+    os.kill(lab.qemu_pid(guest.name), signal.SIGSTOP)
+    try:
+        with pytest.raises(GuestHung):
+            calls[call]()
+    finally:
+        os.kill(lab.qemu_pid(guest.name), signal.SIGCONT)
 
 
 def test_a_checkpoint_can_be_deleted_whose_bitmap_died_with_qemu(lab: LabHost, guest: Guest) -> None:

@@ -30,7 +30,7 @@ Answer = tuple[Any, Exception | None]
 
 ANSWERED_BY_QEMU = {
     **dict.fromkeys(("shutdownFlags", "reboot", "reset", "suspend", "resume", "pMWakeup"), ANSWER_SECONDS),
-    **dict.fromkeys(("blockJobInfo", "blockJobAbort", "blockCopy"), ANSWER_SECONDS),
+    **dict.fromkeys(("blockJobInfo", "blockJobAbort", "blockJobSetSpeed", "blockCopy"), ANSWER_SECONDS),
     **dict.fromkeys(("backupBegin", "jobStats", "abortJob"), ANSWER_SECONDS),
     "createWithFlags": START_SECONDS,
 }
@@ -76,7 +76,10 @@ class _Bounded:
 
 
 def asked(domain: libvirt.virDomain, call: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function answers that takes a `bounded` domain, such as those of libvirt_qemu. Raises GuestHung."""
+    """What a function answers that takes a `bounded` domain, such as those of libvirt_qemu. Raises GuestHung.
+
+    For calls on what belongs to a domain, too: `asked(domain, lambda domain: domain.checkpointLookupByName(...)...)`.
+    """
     return cast("_Bounded", domain).ask(call, domain, *arguments)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import libvirt
 
 from worker.errors import CheckpointMissing, HypervisorError, UnsupportedByHost
+from worker.virt.bounded import asked
 from worker.virt.domain_xml import parse
 from worker.virt.faults import translated
 from worker.virt.guest import Guest
@@ -22,7 +23,7 @@ def changed_bytes(guest: Guest, name: str) -> dict[str, int]:
     their bitmap went with a QEMU that was killed. Raises CheckpointMissing."""
     flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN | libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
     with translated(f"measure what changed in {guest.name} since {name}", guest.host):
-        xml = guest.domain.checkpointLookupByName(name).getXMLDesc(flags)
+        xml = asked(guest.domain, lambda domain: domain.checkpointLookupByName(name).getXMLDesc(flags))
     disks = parse(str(xml)).iterfind("./disks/disk[@checkpoint='bitmap']")
     return {str(disk.get("name")): int(str(disk.get("size"))) for disk in disks if disk.get("size")}
 
@@ -34,7 +35,7 @@ def delete(guest: Guest, name: str) -> bool:
     """
     try:
         with translated(f"delete checkpoint {name} of {guest.name}", guest.host):
-            guest.domain.checkpointLookupByName(name).delete()
+            asked(guest.domain, lambda domain: domain.checkpointLookupByName(name).delete())
     except CheckpointMissing:
         return True
     except UnsupportedByHost:  # libvirt 9: "cannot delete checkpoint for inactive domain"
@@ -49,5 +50,5 @@ def delete(guest: Guest, name: str) -> bool:
 def _forget(guest: Guest, name: str) -> None:
     """Have libvirt forget a checkpoint whose bitmap went with a QEMU that was killed before it had written it out."""
     with translated(f"forget checkpoint {name} of {guest.name}", guest.host):
-        checkpoint = guest.domain.checkpointLookupByName(name)
-        checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+        flags = libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY
+        asked(guest.domain, lambda domain: domain.checkpointLookupByName(name).delete(flags))
