@@ -229,3 +229,22 @@ def test_a_guest_that_is_off_is_copied_once_more_after_its_host_was_started_anew
     guest.start()
     with pytest.raises(SnapshotDamaged, match="started anew"):  # and has written since
         extract.extract(instance, spec, taken, ctx)
+
+
+def test_a_worker_that_is_killed_as_a_snapshot_appears_loses_nothing(
+    guest: Guest, instance: LocalInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx, spec = Alone(f"op-{guest.name}"), SnapshotSpec()
+    extracted = extract.extract(instance, spec, live.take(instance, spec, ctx), ctx)
+
+    def killed(*_: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(snapshots, "publish_folder", killed)
+        with pytest.raises(KilledError):
+            extract.publish(instance, extracted, ctx)
+    published = extract.publish(instance, extracted, ctx)
+    assert snapshots.require(instance.local.data, ctx.operation) == published
+    assert f"<name>{guest.name}</name>" in published.definition
+    snapshots.remove(instance.local.data, ctx.operation)

@@ -86,6 +86,11 @@ def prove(data: DataDir, snapshot: Snapshot, disk: SnapshotDisk, watch: Watcher)
         prove(data, below, next(one for one in below.disks if one.target == disk.target), watch)
 
 
+def about_to_appear(data: DataDir, snapshot: str) -> Snapshot | None:
+    """What `publish` was killed over, if it was: a manifest is written when all else of the snapshot is durable."""
+    return _read(data.unfinished_snapshot(snapshot))
+
+
 def publish(data: DataDir, snapshot: Snapshot) -> None:
     """Let a snapshot, whose files are durable, appear as a whole under its id. Raises NoSpace."""
     unfinished = data.unfinished_snapshot(snapshot.id)

@@ -109,18 +109,22 @@ def publish(instance: LocalInstance, taken: Taken, ctx: Context) -> Snapshot:
     data = instance.local.data
     snapshot = published(instance, ctx)
     if snapshot is None:
-        folder = data.unfinished_snapshot(ctx.operation)
-        if not _is_of_this_boot(taken):
-            raise _started_anew(instance)
-        sums = _verified(taken, ctx, instance.local.settings.stall_timeout)
-        for disk in taken.disks:
-            os.chown(disk.path, os.geteuid(), os.getegid())  # a backup's file belongs to QEMU's user
-            disk.path.chmod(0o400)
-        snapshot = _manifest(instance, taken, folder, sums, ctx)
+        left = snapshots.about_to_appear(data, ctx.operation)
+        snapshot = left if left and left.taken_at == taken.taken_at else _made_durable(instance, taken, ctx)
         ctx.check()
         snapshots.publish(data, snapshot)
     Ledger(data.root).release(ctx.operation)
     return snapshot
+
+
+def _made_durable(instance: LocalInstance, taken: Taken, ctx: Context) -> Snapshot:
+    if not _is_of_this_boot(taken):
+        raise _started_anew(instance)
+    sums = _verified(taken, ctx, instance.local.settings.stall_timeout)
+    for disk in taken.disks:
+        os.chown(disk.path, os.geteuid(), os.getegid())  # a backup's file belongs to QEMU's user
+        disk.path.chmod(0o400)
+    return _manifest(instance, taken, instance.local.data.unfinished_snapshot(ctx.operation), sums, ctx)
 
 
 def _is_of_this_boot(taken: Taken) -> bool:
