@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,29 @@ def test_a_guest_that_cannot_be_frozen_is_not_called_consistent(
     assert "agent does not answer" in taken.notes[0]
     assert virsh(host, "domstate", guest["instance"]).strip() == "running"
     assert virsh(host, "domjobinfo", guest["instance"]).split()[-1] == "None"
+
+
+def test_a_freeze_that_the_guest_itself_refuses_fails_only_what_demands_it(
+    host: LabHost, spawn: Spawn, snapshot: Spawn, real: Path
+) -> None:
+    refusing = "#!/bin/sh\nprintf '#!/bin/sh\\n[ $1 != freeze ]\\n' >/etc/qemu/fsfreeze-hook\necho refusing\n"
+    ready = {"wait_for": "console", "console_line": "refusing", "ready_timeout": 120}
+    guest = spawn(image=str(real), memory_mib=256, user_data=refusing, **ready)
+    assert guest["state"] == "succeeded", guest["error"]
+    wait_until(lambda: agent_answers(host, guest["instance"]), 60, "the agent answers")
+    refused = snapshot(guest["instance"], quiesce="require")
+    assert (refused["state"], refused["error"]["code"]) == ("failed", "quiesce_failed")
+    record = snapshot(guest["instance"])
+    assert record["state"] == "succeeded", record["error"]
+    [taken] = snapshots(host)
+    assert taken.consistency == "crash"
+    assert "hook" in taken.notes[0]
+
+
+def agent_answers(host: LabHost, name: str) -> bool:
+    with suppress(subprocess.CalledProcessError):
+        return bool(virsh(host, "qemu-agent-command", name, '{"execute":"guest-ping"}'))
+    return False
 
 
 def test_one_that_is_off_after_a_power_failure_is_not_called_consistent(

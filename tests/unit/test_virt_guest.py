@@ -15,6 +15,7 @@ import pytest
 
 from worker import errors
 from worker.models import Owner, PowerState
+from worker.virt import agent
 from worker.virt.guest import Guest
 from worker.virt.host import Host
 
@@ -195,3 +196,14 @@ def test_a_forked_child_opens_its_own(uri: str) -> None:
     # In a process of its own: other tests' threads are at work in this one.
     done = subprocess.run([sys.executable, "-c", FORK, uri], check=False, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "answer", ['{"return": []}', '{"return": {}}', '{"return": "linux"}', "[]", "not JSON", "null"]
+)
+def test_an_agent_that_answers_oddly_is_there_but_tells_no_system(
+    host: Host, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    # No real agent answers so; whatever runs in the guest may.
+    monkeypatch.setattr("libvirt_qemu.qemuAgentCommand", lambda *_: answer)
+    assert agent.system_of(host.guests()[0], 1) == ""

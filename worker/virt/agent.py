@@ -25,7 +25,9 @@ _OS_INFO = '{"execute":"guest-get-osinfo"}'
 
 
 def freeze(guest: Guest) -> int:
-    """Flush and freeze the guest's file systems; how many. Raises AgentUnresponsive, InvalidState when not running.
+    """Flush and freeze the guest's file systems; how many.
+
+    Raises AgentUnresponsive, InvalidState when not running, HypervisorError when the agent says that it failed.
 
     Also after an error the guest may be frozen, or become so when its agent catches up: thaw it in any case.
     """
@@ -55,7 +57,7 @@ def relax(guest: Guest) -> None:
 
 
 def system_of(guest: Guest, within: int) -> str | None:
-    """What the agent calls the guest's operating system, empty where it is too old to tell; `within` so many seconds.
+    """What the agent calls the guest's operating system, empty where it does not tell; `within` so many seconds.
 
     No channel, no agent, a silent one and a guest that is off are all None.
     """
@@ -66,7 +68,10 @@ def system_of(guest: Guest, within: int) -> str | None:
         return None
     except HypervisorError:  # "command guest-get-osinfo has not been found": it answers
         return ""
-    return str(json.loads(answer)["return"].get("id", ""))
+    try:
+        return str(json.loads(answer)["return"]["id"])
+    except (ValueError, LookupError, TypeError):  # any program in the guest may answer
+        return ""
 
 
 def _bound(guest: Guest, seconds: int) -> None:

@@ -17,7 +17,15 @@ from worker.compute.local import LocalInstance
 from worker.compute.snapshots.jobs import give_way
 from worker.compute.snapshots.taking import Intent, Taking, intent_of, note_intent
 from worker.context import Alone, watched_by
-from worker.errors import AgentUnresponsive, FleetError, InvalidState, LetGoTooEarly, QuiesceFailed
+from worker.errors import (
+    AgentUnresponsive,
+    FleetError,
+    HypervisorError,
+    InvalidState,
+    LetGoTooEarly,
+    QuiesceFailed,
+    UnsupportedByHost,
+)
 from worker.images.layout import SnapshotDir
 from worker.models import Consistency, PowerState
 from worker.virt import agent
@@ -105,7 +113,7 @@ def _put_down(taking: Taking, intent: Intent) -> None:
 def _freeze(taking: Taking, hold: Hold) -> None:
     try:
         hold.frozen = agent.freeze(taking.guest)
-    except (AgentUnresponsive, InvalidState) as error:
+    except (AgentUnresponsive, InvalidState, HypervisorError, UnsupportedByHost) as error:  # also: a hook of it failed
         thaw(taking.instance, taking.folder)  # it may have frozen some, or may do so yet
         _accept(taking, hold, error.message)
         return
