@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from worker.errors import SnapshotDamaged, UnsupportedByHost
 from worker.images.layout import SnapshotDir
 from worker.models import SnapshotSpec
 from worker.settings import Settings
+from worker.virt.domain_xml import parse_other_disks
 from worker.virt.host import Host
 
 
@@ -41,6 +43,24 @@ def test_a_libvirt_too_old_for_backups_mirrors_and_says_so_when_asked_for_one(
     with pytest.raises(UnsupportedByHost, match=r"backups need 99\.2\.0") as refused:
         live.method(taking(host, tmp_path, method="backup"))
     assert "--method mirror" in refused.value.hint
+
+
+def test_disks_that_are_no_files_are_named_where_all_were_asked_for(host: Host, tmp_path: Path) -> None:
+    kinds = {
+        "sda": "<source dev='/dev/vg0/data'/>",
+        "sdb": "<source protocol='rbd' name='pool/image'/>",
+        "sdc": "<source file='/a/file'/>",
+        "sdd": "<source dev='/dev/vg0/base'/><readonly/>",
+    }
+    disks = "".join(f"<disk device='disk'>{source}<target dev='{disk}'/></disk>" for disk, source in kinds.items())
+    drives = "<disk device='cdrom'><source dev='/dev/sr0'/><target dev='sde'/></disk><disk><target dev='sdf'/></disk>"
+    left_out = parse_other_disks(f"<domain><devices>{disks}{drives}</devices></domain>")
+    assert left_out == ["sda", "sdb"]
+    this = replace(taking(host, tmp_path), left_out=left_out)
+    moment = {"method": "cold", "taken_at": now(), "power": "off", "consistency": "crash", "disks": ()}
+    taken = this.caught(**moment, notes=("not frozen",))
+    assert taken.notes == ("not frozen", "left out: sda, which is no file", "left out: sdb, which is no file")
+    assert this.caught(**taken.model_dump(exclude={"boot"})) == taken
 
 
 def test_what_was_caught_before_the_host_went_down_is_neither_continued_nor_published(

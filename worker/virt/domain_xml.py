@@ -161,6 +161,18 @@ def parse_disks(xml: str) -> list[GuestDisk]:
     return [_guest_disk(disk) for disk in disks if disk.find("source[@file]") is not None]
 
 
+def parse_other_disks(xml: str) -> list[str]:
+    """Targets of the disks that a domain writes to and that are no files: volumes, devices, images on the network."""
+    disks = parse(xml).iterfind("./devices/disk")
+    return [str(_found(disk, "target").get("dev")) for disk in disks if _is_other(disk)]
+
+
+def _is_other(disk: _Element) -> bool:
+    source = disk.find("source")
+    is_written_to = disk.get("device", "disk") in {"disk", "lun"} and disk.find("readonly") is None
+    return is_written_to and source is not None and source.get("file") is None
+
+
 def _guest_disk(disk: _Element) -> GuestDisk:
     def attribute(path: str, name: str) -> str | None:
         found = disk.find(path)

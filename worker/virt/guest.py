@@ -39,6 +39,7 @@ from worker.virt.domain_xml import (
     parse,
     parse_disks,
     parse_nvram,
+    parse_other_disks,
     parse_owner,
     with_cpu_of,
 )
@@ -230,6 +231,10 @@ class Guest:
     def disks(self) -> list[GuestDisk]:
         """The disks in files, as the guest uses them now, or will when it is started."""
         return parse_disks(self.xml())
+
+    def other_disks(self) -> list[str]:
+        """Targets of the disks that it writes to and that are no files, of which the fleet knows nothing."""
+        return parse_other_disks(self.xml())
 
     def shut_itself_down(self) -> bool:
         """Whether the guest is off because it shut itself down; unknown after libvirtd restarted, hence False."""

@@ -35,6 +35,8 @@ class Taking:
     guest: Guest
     folder: SnapshotDir
     disks: Sequence[GuestDisk]
+    left_out: Sequence[str] = ()
+    """Disks that belong to all that was asked for, and cannot be taken."""
 
     @property
     def targets(self) -> list[str]:
@@ -59,7 +61,8 @@ class Taking:
 
     def caught(self, **facts: Any) -> Taken:
         """Put down what was caught, for whoever takes over from a dead worker; no job outlasts the host's power."""
-        taken = Taken(boot=boot(), **facts)
+        notes = [*facts.pop("notes", ()), *(f"left out: {disk}, which is no file" for disk in self.left_out)]
+        taken = Taken(boot=boot(), **facts, notes=tuple(dict.fromkeys(notes)))
         write_text_atomically(self.folder.instant, taken.model_dump_json())
         return taken
 
@@ -77,7 +80,8 @@ def taking(instance: LocalInstance, spec: SnapshotSpec, ctx: Context) -> Iterato
         require_ours(guest)
         guest.claim(instance.owner(ctx))
         folder = instance.local.data.unfinished_snapshot(ctx.operation)
-        yield Taking(instance, spec, ctx, host, guest, folder, chosen_disks(guest, spec))
+        left_out = [] if spec.disks else guest.other_disks()
+        yield Taking(instance, spec, ctx, host, guest, folder, chosen_disks(guest, spec), left_out)
 
 
 def published(instance: LocalInstance, ctx: Context) -> Snapshot | None:
