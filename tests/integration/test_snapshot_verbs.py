@@ -15,12 +15,13 @@ import pytest
 from tests.lab import LabHost, lab_folder, wait_until
 from worker.compute.local import LocalHost, LocalInstance
 from worker.compute.snapshots import extract, holding, live, watch
+from worker.compute.snapshots.space import reserve
 from worker.compute.snapshots.taking import Intent, intent_of, note_intent, now
 from worker.compute.snapshots.watch import HoldWatch
 from worker.context import Alone
 from worker.errors import JobLost, LetGoTooEarly, SnapshotDamaged, StateLockBusy
 from worker.images import qemu_img, snapshots
-from worker.models import MIB, Disk, DomainConfig, Owner, PowerState, SnapshotSpec
+from worker.models import MIB, Disk, DomainConfig, Owner, PowerState, Snapshot, SnapshotSpec
 from worker.settings import Settings
 from worker.virt.guest import Guest
 from worker.virt.host import Host
@@ -248,3 +249,24 @@ def test_a_worker_that_is_killed_as_a_snapshot_appears_loses_nothing(
     assert snapshots.require(instance.local.data, ctx.operation) == published
     assert f"<name>{guest.name}</name>" in published.definition
     snapshots.remove(instance.local.data, ctx.operation)
+
+
+def test_an_increment_of_a_guest_that_is_off_is_a_full_one_beside_the_chain(
+    guest: Guest, instance: LocalInstance
+) -> None:
+    data, spec = instance.local.data, SnapshotSpec(incremental=True)
+
+    def snapshot(number: int) -> Snapshot:
+        ctx = Alone(f"{guest.name}-{number}")
+        reserve(instance, spec, ctx)
+        return extract.publish(instance, extract.extract(instance, spec, live.take(instance, spec, ctx), ctx), ctx)
+
+    first = snapshot(1)
+    guest.destroy()
+    off = snapshot(2)
+    assert (off.method, off.parent, off.checkpoint) == ("cold", None, None)
+    assert "full instead of incremental" in off.notes[0]
+    guest.start()
+    assert snapshot(3).parent == first.id
+    for number in (3, 2, 1):
+        snapshots.remove(data, f"{guest.name}-{number}")

@@ -13,6 +13,11 @@ from worker.models import PowerState, SnapshotSpec, Taken
 
 ON = (PowerState.RUNNING, PowerState.PAUSED)
 
+OUT_OF_CHAIN = (
+    "full instead of incremental, and no later one goes on from it: the guest does not run, and only QEMU knows what"
+    " has changed"
+)
+
 
 def note_power(instance: LocalInstance) -> PowerState:
     """What the guest does now, before anything is done to it. Raises InvalidState for a crashed one."""
@@ -49,10 +54,10 @@ def save(instance: LocalInstance, spec: SnapshotSpec, power: PowerState, ctx: Co
 
 def require_off_will_do(this: Taking) -> None:
     """Raise where what was asked for needs a guest that runs: InvalidState, QuiesceFailed."""
-    if this.spec.method != "auto" or this.spec.incremental:
+    if this.spec.method != "auto":
         raise InvalidState(
             f"{this.guest.name} is {this.guest.power()}: what was asked for needs a guest that runs",
-            hint="Leave out --method and --incremental, or start it.",
+            hint="Leave out --method, or start it.",
         )
     if this.spec.quiesce == "require" and not this.guest.shut_itself_down():
         raise QuiesceFailed(
@@ -73,6 +78,7 @@ def take_off(this: Taking, power: PowerState | None = None, held: float = 0.0) -
         # A guest that shut itself down wrote everything out first. Saved memory keeps what the disks do not have.
         consistency="application" if by_itself else "crash",
         held_seconds=round(held, 3),
+        notes=(OUT_OF_CHAIN,) * this.spec.incremental,
         disks=tuple(this.taken_disk(disk, disk.path, format_of(disk)) for disk in this.disks),
     )
 
