@@ -10,14 +10,18 @@ import pytest
 
 from worker.compute.local import LocalHost, LocalInstance
 from worker.compute.snapshots import extract, live
+from worker.compute.snapshots.clean import abandon
 from worker.compute.snapshots.taking import Taking, now
 from worker.context import Alone
 from worker.errors import SnapshotDamaged, UnsupportedByHost
 from worker.images.layout import SnapshotDir
 from worker.models import SnapshotSpec
 from worker.settings import Settings
+from worker.virt import checkpoints
 from worker.virt.domain_xml import parse_other_disks
+from worker.virt.guest import Guest
 from worker.virt.host import Host
+from worker.virt.jobs import BackupJob, MirrorJob
 
 
 @pytest.fixture
@@ -43,6 +47,23 @@ def test_a_libvirt_too_old_for_backups_mirrors_and_says_so_when_asked_for_one(
     with pytest.raises(UnsupportedByHost, match=r"backups need 99\.2\.0") as refused:
         live.method(taking(host, tmp_path, method="backup"))
     assert "--method mirror" in refused.value.hint
+
+
+def test_a_libvirt_that_knows_neither_backups_nor_checkpoints_is_not_asked_for_them(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = taking(host, tmp_path)  # what it asks for the test driver does not know either
+    with pytest.raises(UnsupportedByHost):
+        BackupJob(this.guest).targets()
+    monkeypatch.setattr(Guest, "libvirt_version", (5, 0, 0))
+    assert BackupJob(this.guest).targets() == {}
+    assert checkpoints.names(this.guest) == []
+    (tmp_path / "left").touch()
+    abandon(this.guest, this.folder, Alone())
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(Guest, "libvirt_version", (3, 4, 0))
+    with pytest.raises(UnsupportedByHost, match=r"mirrors need 3\.5\.0"):
+        MirrorJob(this.guest, "vda").begin(tmp_path / "copy", "qcow2")
 
 
 def test_disks_that_are_no_files_are_named_where_all_were_asked_for(host: Host, tmp_path: Path) -> None:

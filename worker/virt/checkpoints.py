@@ -10,9 +10,14 @@ from worker.virt.domain_xml import parse
 from worker.virt.faults import translated
 from worker.virt.guest import Guest
 
+KNOWS_CHECKPOINTS = (5, 6, 0)
+"""libvirt's news: there are checkpoints since then. An older one has none, and does not know the calls."""
+
 
 def names(guest: Guest) -> list[str]:
     """The guest's checkpoints, oldest first."""
+    if guest.libvirt_version < KNOWS_CHECKPOINTS:
+        return []
     with translated(f"list the checkpoints of {guest.name}", guest.host):
         found = guest.domain.listAllCheckpoints(libvirt.VIR_DOMAIN_CHECKPOINT_LIST_TOPOLOGICAL)
         return [str(checkpoint.getName()) for checkpoint in found]
@@ -33,6 +38,8 @@ def delete(guest: Guest, name: str) -> bool:
 
     Gone already is success.
     """
+    if guest.libvirt_version < KNOWS_CHECKPOINTS:
+        return True
     try:
         with translated(f"delete checkpoint {name} of {guest.name}", guest.host):
             asked(guest.domain, lambda domain: domain.checkpointLookupByName(name).delete())

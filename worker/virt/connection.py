@@ -167,3 +167,8 @@ def _prepare_process() -> None:
 def _run_event_loop() -> None:
     while True:
         libvirt.virEventRunDefaultImpl()
+
+
+def version_of(number: int) -> tuple[int, int, int]:
+    """A version as libvirt puts it: (9, 0, 0) for 9000000."""
+    return number // 1_000_000, number // 1_000 % 1_000, number % 1_000

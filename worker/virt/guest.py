@@ -30,6 +30,7 @@ from worker.errors import (
 from worker.models import GuestDisk, Owner, PowerState
 from worker.stall import StallDeadline
 from worker.virt.bounded import asked, bounded
+from worker.virt.connection import version_of
 from worker.virt.domain_xml import (
     NAMESPACE,
     PREFIX,
@@ -120,6 +121,12 @@ class Guest:
     def domain(self) -> libvirt.virDomain:
         """libvirt's handle, with bounded calls, for the modules of `worker.virt` only."""
         return self._domain
+
+    @property
+    def libvirt_version(self) -> tuple[int, int, int]:
+        """The version of its host's libvirtd: an old one does not know newer calls."""
+        with self._trying_to("read the version of the libvirt that runs"):
+            return version_of(self._domain.connect().getLibVersion())
 
     # --- what it is ---------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import libvirt
 
 from worker.errors import HypervisorError, InstanceNotFound, InvalidSpec, NetworkNotFound, UnsupportedByHost
 from worker.models import DomainConfig, Owner
-from worker.virt.connection import connected
+from worker.virt.connection import connected, version_of
 from worker.virt.domain_xml import domain_xml, marked, parse, redefined, serialized
 from worker.virt.faults import translated
 from worker.virt.guest import Guest
@@ -80,13 +80,13 @@ class Host:
     def libvirt_version(self) -> tuple[int, int, int]:
         """The version of the host's libvirtd: (9, 0, 0)."""
         with self._trying_to("read libvirt's version"):
-            return _version(self._connection.getLibVersion())
+            return version_of(self._connection.getLibVersion())
 
     @property
     def qemu_version(self) -> tuple[int, int, int]:
         """The version of the host's QEMU: (7, 2, 22)."""
         with self._trying_to("read QEMU's version"):
-            return _version(self._connection.getVersion())
+            return version_of(self._connection.getVersion())
 
     def require_definable(self, xml: str) -> DomainCapabilities:
         """What guests like the one defined by `xml` can have here, of its accelerator and machine type.
@@ -260,7 +260,3 @@ class Host:
         with self._trying_to(f"define {name}"):
             domain = self._connection.defineXMLFlags(xml, flags)
         return Guest(domain, self.name)
-
-
-def _version(number: int) -> tuple[int, int, int]:
-    return number // 1_000_000, number // 1_000 % 1_000, number % 1_000

@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 NEEDS_BACKUP = (7, 2, 0)
 """libvirt's news: backups are on by default since then; before, QEMU's part of them was experimental."""
 
+KNOWS_BACKUP = (6, 0, 0)
+"""libvirt's news: one can ask for backups since then. An older one has none, and does not know the calls."""
+
+NEEDS_LASTING_MIRROR = (3, 5, 0)
+"""libvirt's news: a guest that stays defined can be mirrored since then (VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB)."""
+
 NEEDS_SYNCHRONOUS_WRITES = (8, 0, 0)
 """libvirt's news: mirrors can have a guest's writes wait for the copy since then."""
 
@@ -120,6 +126,8 @@ class BackupJob:
 
     def targets(self) -> dict[str, Path]:
         """Disk and file of each disk that the running job copies; empty when no backup runs."""
+        if self._guest.libvirt_version < KNOWS_BACKUP:
+            return {}
         try:
             with self._trying_to("look at the backup of"):
                 xml = str(self._guest.domain.backupGetXMLDesc(0))
@@ -230,17 +238,18 @@ class MirrorJob:
 
         A guest that writes faster than is copied keeps it from ever being ready, unless it is `synchronous`: the
         guest's writes go to both then, and are as slow as the slower one (VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES).
-        Raises UnsupportedByHost where libvirt (before 3.5) would need the guest to be undefined for this.
+        Raises UnsupportedByHost where libvirt would need the guest to be undefined for this.
         """
+        if (version := self._guest.libvirt_version) < NEEDS_LASTING_MIRROR:
+            raise UnsupportedByHost(
+                f"host {self._guest.host} has libvirt {'.'.join(map(str, version))};"
+                f" mirrors need {'.'.join(map(str, NEEDS_LASTING_MIRROR))}",
+                hint="Use --method cold.",
+            )
         flags = _MIRROR_FLAGS | (libvirt.VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES if synchronous else 0)
         parameters = {} if bytes_per_second is None else {libvirt.VIR_DOMAIN_BLOCK_COPY_BANDWIDTH: bytes_per_second}
-        try:
-            with self._trying_to("mirror"):
-                _past_leftovers(self._guest.domain.blockCopy, self._disk, _mirror_xml(target, form), parameters, flags)
-        except InvalidState as error:
-            if "transient" not in error.message:
-                raise
-            raise UnsupportedByHost(error.message, hint="Use --method cold, or a libvirt of 3.5 or newer.") from error
+        with self._trying_to("mirror"):
+            _past_leftovers(self._guest.domain.blockCopy, self._disk, _mirror_xml(target, form), parameters, flags)
 
     def target(self) -> Path | None:
         """The file the disk is mirrored to, if it is."""

@@ -17,7 +17,7 @@ from worker.context import Watcher
 from worker.errors import HypervisorError, InvalidState, Stalled
 from worker.virt import checkpoints
 from worker.virt.guest import Guest
-from worker.virt.jobs import MAY_REST, BackupJob
+from worker.virt.jobs import KNOWS_BACKUP, MAY_REST, BackupJob
 
 log = structlog.get_logger(__name__)
 
@@ -38,6 +38,8 @@ def end(guest: Guest, folder: Path, prefix: str, watch: Watcher) -> None:
 
 
 def _end(guest: Guest, folder: Path, prefix: str, watch: Watcher) -> None:
+    if guest.libvirt_version < KNOWS_BACKUP:
+        return
     if not guest.has_lost_job() and BackupJob(guest).progress() is not None:
         return
     _end_jobs(guest, watch)

@@ -45,6 +45,8 @@ POLL = 0.01
 LOOK_AT_GUEST = 0.5
 """Seconds between two looks whether the guest stands still, as its disk is full."""
 
+NO_CHAIN = "full instead of incremental: only backups are, for which this host's libvirt is too old"
+
 OUT_OF_CHAIN = (
     "full instead of incremental, and no later one goes on from it: libvirt has lost sight of a backup of this guest,"
     " and lets no other one begin (virtfleet doctor says how to end that)"
@@ -176,7 +178,8 @@ def _by_mirror(this: Taking) -> Taken:
             job.end()
         moment = now()
     disks = _taken_disks(this)
-    notes = [OUT_OF_CHAIN] * this.spec.incremental
+    why = OUT_OF_CHAIN if this.host.libvirt_version >= NEEDS_BACKUP else NO_CHAIN
+    notes = [why] * this.spec.incremental
     return this.caught(method="mirror", taken_at=moment, power=power, **_achieved(hold, *notes), disks=disks)
 
 
