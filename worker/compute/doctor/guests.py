@@ -16,7 +16,7 @@ from worker.images import snapshots
 from worker.images.files import locked
 from worker.models import Owner
 from worker.virt.guest import Guest
-from worker.virt.jobs import BackupJob
+from worker.virt.jobs import BackupJob, MirrorJob
 
 BACKED_UP = "its disks"
 
@@ -103,16 +103,31 @@ def _jobs(local: LocalHost, guest: Guest, owners: list[object]) -> Iterator[Susp
     elif guest.has_backup():
         jobs[BACKED_UP] = "backup"
     for target, kind in jobs.items():
+        ours = _is_ours(local, guest, target)
         yield suspect(
-            Severity.WARNING,
-            "stray_job",
-            f"a {kind} job runs on {target} of domain {guest.name!r}, and no operation follows it",
+            Severity.WARNING if ours else Severity.INFO,
+            "stray_job" if ours else "foreign_job",
+            f"a {kind} job runs on {target} of domain {guest.name!r},"
+            f" {'and no operation follows it' if ours else 'which the fleet has not begun'}",
             where=f"{guest.name}: {target}",
-            remedy="virtfleet doctor --fix ends it and leaves the guest on its disks;"
-            " let it be if you or a backup program began it.",
+            remedy="virtfleet doctor --fix ends it and leaves the guest on its disks."
+            if ours
+            else f"Let it be if you or a backup program began it; else end it: {_by_hand(guest, target)}",
             owners=owners,
-            repair=partial(_abort, local, guest, target),
+            repair=partial(_abort, local, guest, target) if ours else None,
         )
+
+
+def _is_ours(local: LocalHost, guest: Guest, target: str) -> bool:
+    """Whether a job writes into a snapshot of the fleet."""
+    files = BackupJob(guest).targets().values() if target == BACKED_UP else [MirrorJob(guest, target).target()]
+    return any(path is not None and path.is_relative_to(local.data.snapshots) for path in files)
+
+
+def _by_hand(guest: Guest, target: str) -> str:
+    if target == BACKED_UP:
+        return f"virsh domjobabort {guest.name}"
+    return f"virsh blockjob {guest.name} {target} --abort"
 
 
 def _abort(local: LocalHost, seen: Guest, target: str) -> None:
