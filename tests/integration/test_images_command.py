@@ -97,6 +97,13 @@ def test_program_that_rests_is_ended() -> None:
         run(sh("sleep 60"), stall=0.5)
 
 
+def test_program_that_reads_does_not_rest() -> None:
+    """qemu-img check of a large image says nothing and writes nothing for a long time."""
+    script = "for _ in range(8): file.read(65536), time.sleep(0.2)"
+    reading = f"import time; file = open('/dev/zero', 'rb', 0)\n{script}"
+    run(Command([sys.executable, "-c", reading], "python3"), stall=1.0)
+
+
 def test_program_whose_output_grows_does_not_rest(tmp_path: Path) -> None:
     output = tmp_path / "output"
     script = 'for i in 1 2 3 4 5 6 7 8; do head -c 65536 /dev/zero >> "$0"; sleep 0.2; done'

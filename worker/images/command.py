@@ -33,7 +33,8 @@ class Command:
     """A program to run.
 
     `parse` turns one line of its output into (done, total) or None; `output` is the file it writes, whose growth
-    counts as progress. `cpu_seconds` and `memory_bytes` bound what it may use up (for files nobody has vouched for).
+    counts as progress, as does what the program reads. `cpu_seconds` and `memory_bytes` bound what it may use up (for
+    files nobody has vouched for).
     """
 
     argv: Sequence[str]
@@ -120,7 +121,7 @@ class _Running:
         self.process, self.command, self.watch, self.stall = process, command, watch, stall
         self.stdout, self.stderr, self._line = bytearray(), bytearray(), b""
         self._progress: Progress | None = None
-        self._position: tuple[Progress | None, int] = (None, 0)
+        self._position: tuple[Progress | None, int, int] = (None, 0, 0)
         self._moved_at = self._looked_at = time.monotonic()
 
     def to_the_end(self) -> int:
@@ -170,7 +171,7 @@ class _Running:
             return
         self._looked_at = now
         self.watch.check()
-        position = (self._progress, _allocated(self.command.output))
+        position = (self._progress, _allocated(self.command.output), _read_by(self.process))
         if position != self._position:
             self._position, self._moved_at = position, now
         elif self.stall is not None and now - self._moved_at > self.stall:
@@ -189,6 +190,14 @@ def _allocated(path: Path | None) -> int:
         return path.stat().st_blocks * 512
     except FileNotFoundError:
         return 0
+
+
+def _read_by(process: subprocess.Popen[bytes]) -> int:
+    """Bytes that the program itself has read; 0 where the kernel does not tell."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^rchar: (\d+)", Path(f"/proc/{process.pid}/io").read_text(), re.MULTILINE)
+        return int(found[1]) if found else 0
+    return 0
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
