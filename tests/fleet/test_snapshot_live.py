@@ -191,6 +191,10 @@ def test_the_command_takes_lists_and_deletes(host: LabHost, command: Commands, s
     assert "before-upgrade" in command("snapshots").stdout
     assert command("snapshot", "delete", "before-upgrade").returncode == 0
     assert snapshots(host) == []
+    wrong = command("snapshot", guest["instance"], "--compress", "lzma")
+    assert wrong.returncode == 2
+    assert "compress: allowed: 'zstd' or 'zlib'" in wrong.stderr
+    assert command("snapshot", "--compress", guest["instance"]).returncode == 0
     missing = command("snapshot", "delete", "before-upgrade")
     assert missing.returncode == 2
     assert "snapshot_not_found" in missing.stderr

@@ -248,6 +248,10 @@ def test_a_worker_that_is_killed_as_a_snapshot_appears_loses_nothing(
     published = extract.publish(instance, extracted, ctx)
     assert snapshots.require(instance.local.data, ctx.operation) == published
     assert f"<name>{guest.name}</name>" in published.definition
+    data = instance.local.data
+    data.snapshot(published.id).disk("vda", "qcow2").unlink()
+    with pytest.raises(SnapshotDamaged):
+        snapshots.prove(data, published, published.disks[0], ctx)
     snapshots.remove(instance.local.data, ctx.operation)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperGroup
@@ -31,11 +31,13 @@ class _TakesByDefault(TyperGroup):
 
 
 def _with_compression(args: list[str]) -> list[str]:
-    """Typer knows no option whose value may be left out."""
+    """Typer knows no option whose value may be left out: what follows it may be the instance's name."""
     if COMPRESS not in args:
         return args
     at = args.index(COMPRESS) + 1
-    has_value = at < len(args) and not args[at].startswith("-")
+    word = args[at] if at < len(args) else "-"
+    named_before = not args[1].startswith("-")
+    has_value = word in get_args(Compression) or (named_before and not word.startswith("-"))
     return args if has_value else [*args[:at], DEFAULT_COMPRESSION, *args[at:]]
 
 
@@ -98,7 +100,10 @@ def delete(snapshot: SnapshotId, call: Call) -> None:
 def restore(
     snapshot: SnapshotId,
     name: Annotated[str, typer.Option("--as", metavar="NAME", help="Name of the new instance.")],
-    host: Annotated[str | None, typer.Option(help="Host to run it on. Default: where the snapshot lies.")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Host to run it on; it must have the snapshot's folder, too. Default: where that lies."),
+    ] = None,
     *,
     call: Call,
 ) -> None:

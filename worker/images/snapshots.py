@@ -27,7 +27,11 @@ def require(data: DataDir, snapshot: str) -> Snapshot:
     found = find(data, snapshot) if snapshot else None
     if found is None:
         raise SnapshotNotFound(
-            f"snapshot: none with the id {snapshot!r} lies in {data.snapshots}", field="snapshot", given=snapshot
+            f"snapshot: none with the id {snapshot!r} lies in {data.snapshots}",
+            hint="Without shared storage it can be restored only on the host that has it (virtfleet snapshots);"
+            f" on others it serves as an image: virtfleet spawn NAME --image snapshot:{snapshot}",
+            field="snapshot",
+            given=snapshot,
         )
     return found
 
@@ -76,7 +80,7 @@ def prove(data: DataDir, snapshot: Snapshot, disk: SnapshotDisk, watch: Watcher)
     Raises SnapshotDamaged, SnapshotNotFound.
     """
     path = data.snapshot(snapshot.id).path / disk.file
-    if checksum_of(path, watch, like=disk.checksum) != disk.checksum:
+    if not path.exists() or checksum_of(path, watch, like=disk.checksum) != disk.checksum:
         raise SnapshotDamaged(
             f"{path} is not what it was when snapshot {snapshot.id} was taken",
             hint="Look at the host's storage and log; use another snapshot.",
