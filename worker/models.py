@@ -230,6 +230,7 @@ class GuestDisk(Frozen):
     path: Path
     format: str
     backing: Path | None = None
+    backing_format: str | None = None
     role: str = ""
     readonly: bool = False
 

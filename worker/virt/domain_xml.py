@@ -184,6 +184,7 @@ def _guest_disk(disk: _Element) -> GuestDisk:
             "path": attribute("source", "file"),
             "format": attribute("driver", "type") or "raw",
             "backing": attribute("backingStore/source", "file"),
+            "backing_format": attribute("backingStore/format", "type"),
             "role": (disk.findtext("serial") or "").rpartition("-")[0],
             "readonly": disk.find("readonly") is not None,
         }

@@ -144,6 +144,11 @@ class Guest:
             return PowerState.CRASHED
         return _POWER[state]
 
+    def qemu_version(self) -> tuple[int, int]:
+        """Of the QEMU that runs the guest: the host's may have been renewed since."""
+        version = self.ask_qemu("query-version")["qemu"]
+        return version["major"], version["minor"]
+
     def ask_qemu(self, command: str, **arguments: object) -> Any:
         """Ask QEMU's monitor (QMP) what libvirt does not tell. Raises HypervisorError where it refuses."""
         request = json.dumps({"execute": command, "arguments": arguments})

@@ -42,6 +42,9 @@ NEEDS_LASTING_MIRROR = (3, 5, 0)
 NEEDS_SYNCHRONOUS_WRITES = (8, 0, 0)
 """libvirt's news: mirrors can have a guest's writes wait for the copy since then."""
 
+NEEDS_SECTORS = (5, 2)
+"""QEMU's change log: an image can be allocated by the sector since then (qcow2's extended L2 entries)."""
+
 NEEDS_NO_LOCKS = (9, 0)
 """QEMU's change log: block jobs and their iothreads do without the AioContext lock since then."""
 
@@ -64,7 +67,8 @@ _BACKUP = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
 # Files that libvirt makes itself are made one after the other while a frozen guest waits (two disks: 0.7 s, not 0.3 s).
 _BEGIN_FLAGS = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL
 _MIRROR_FLAGS = (
-    libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
+    libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW
+    | libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
     # Without it libvirt asks that the guest be undefined first, and a guest that then powers off is lost.
     | libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
 )
@@ -196,12 +200,7 @@ class BackupJob:
         several disks in an iothread: never with one disk, nor without iothreads. QEMU 9.0 has no such lock any more.
         """
         threads = parse(self._guest.xml()).iterfind("./devices/*/driver[@iothread]")
-        return len(list(disks)) < 2 or next(threads, None) is None or self._qemu_version() >= NEEDS_NO_LOCKS
-
-    def _qemu_version(self) -> tuple[int, int]:
-        """Of the QEMU that runs the guest: the host's may have been renewed since."""
-        version = self._guest.ask_qemu("query-version")["qemu"]
-        return version["major"], version["minor"]
+        return len(list(disks)) < 2 or next(threads, None) is None or self._guest.qemu_version() >= NEEDS_NO_LOCKS
 
     def limit(self, bytes_per_second: Mapping[str, int]) -> None:
         """Bound how fast each disk is copied; empty parts count, too. A disk that is done already is passed over."""
@@ -228,16 +227,12 @@ class MirrorJob:
     def _trying_to(self, verb: str) -> AbstractContextManager[None]:
         return translated(f"{verb} {self._disk} of {self._guest.name}", self._guest.host)
 
-    def begin(
-        self, target: Path, form: DiskFormat, bytes_per_second: int | None = None, *, synchronous: bool = False
-    ) -> None:
-        """Mirror the disk, with all that it builds on, to an empty image of its size.
-
-        Not its top layer alone: libvirt puts nothing below that copy until it is to be pivoted to, and a write that
-        goes to both and fills a cluster in part has QEMU take the rest of it for zeros (libvirt 9.0, QEMU 7.2).
+    def begin(self, target: Path, bytes_per_second: int | None = None, *, synchronous: bool = False) -> None:
+        """Mirror the disk's top layer to a qcow2 file that was made for it, on the same backing file.
 
         A guest that writes faster than is copied keeps it from ever being ready, unless it is `synchronous`: the
         guest's writes go to both then, and are as slow as the slower one (VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES).
+        libvirt opens the file without what it builds on: it must not have to be filled up from there.
         Raises UnsupportedByHost where libvirt would need the guest to be undefined for this.
         """
         if (version := self._guest.libvirt_version) < NEEDS_LASTING_MIRROR:
@@ -248,8 +243,9 @@ class MirrorJob:
             )
         flags = _MIRROR_FLAGS | (libvirt.VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES if synchronous else 0)
         parameters = {} if bytes_per_second is None else {libvirt.VIR_DOMAIN_BLOCK_COPY_BANDWIDTH: bytes_per_second}
+        xml = _text(self._target_xml(target))
         with self._trying_to("mirror"):
-            _past_leftovers(self._guest.domain.blockCopy, self._disk, _mirror_xml(target, form), parameters, flags)
+            _past_leftovers(self._guest.domain.blockCopy, self._disk, xml, parameters, flags)
 
     def target(self) -> Path | None:
         """The file the disk is mirrored to, if it is."""
@@ -283,10 +279,15 @@ class MirrorJob:
                 return disk.find("mirror")
         return None
 
-
-def _mirror_xml(target: Path, form: DiskFormat) -> str:
-    image = E("driver", type=form), E("source", file=str(target)), E("backingStore")
-    return _text(E("disk", *image, type="file"))
+    def _target_xml(self, target: Path) -> _Element:
+        disk = next(disk for disk in self._guest.disks() if disk.target == self._disk)
+        backing = E("backingStore")
+        if disk.backing:
+            # The base is shared: a relabelled one would belong to QEMU's user.
+            source = E("source", E("seclabel", model="dac", relabel="no"), file=str(disk.backing))
+            form = E("format", type=disk.backing_format or "qcow2")
+            backing = E("backingStore", form, source, E("backingStore"), type="file")
+        return E("disk", E("driver", type="qcow2"), E("source", file=str(target)), backing, type="file")
 
 
 def _backup_xml(every: Iterable[str], chosen: Mapping[str, BlockTarget], since: str | None) -> _Element:

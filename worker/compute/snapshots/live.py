@@ -27,10 +27,11 @@ from worker.images import qemu_img
 from worker.images.files import available_space, human_size
 from worker.images.qcow2 import virtual_size
 from worker.images.writeback import written_out
-from worker.models import MIB, DiskFormat, SnapshotSpec, Taken, TakenDisk
+from worker.models import MIB, DiskFormat, GuestDisk, SnapshotSpec, Taken, TakenDisk
 from worker.stall import StallDeadline
 from worker.virt.jobs import (
     NEEDS_BACKUP,
+    NEEDS_SECTORS,
     NEEDS_SYNCHRONOUS_WRITES,
     UNLIMITED,
     BackupJob,
@@ -147,6 +148,18 @@ def _begin_backup(this: Taking, job: BackupJob) -> Taken:
     )
 
 
+def _make_targets(this: Taking) -> tuple[TakenDisk, ...]:
+    """An empty image for each disk; under its final name where nothing remains to be converted."""
+    form: DiskFormat = "qcow2" if this.spec.compress else this.spec.format
+    folder = this.folder
+    paths = [folder.taken(disk) if this.spec.compress else folder.disk(disk, form) for disk in this.targets]
+    disks = tuple(this.taken_disk(*one, form) for one in zip(this.disks, paths, strict=True))
+    for disk in disks:
+        qemu_img.create(disk.path, form, disk.virtual_size)
+        disk.path.chmod(0o600)
+    return disks
+
+
 def _achieved(hold: Hold, *notes: str) -> dict[str, object]:
     return {
         "consistency": hold.consistency,
@@ -161,10 +174,12 @@ def _achieved(hold: Hold, *notes: str) -> dict[str, object]:
 
 def _by_mirror(this: Taking) -> Taken:
     jobs = [MirrorJob(this.guest, disk) for disk in this.targets]
-    files = [path for path, _ in _places(this)]
+    files = [this.folder.taken(disk) for disk in this.targets]
     if [job.target() for job in jobs] != files:
         abandon(this.guest, this.folder, this.ctx)
-        _begin_mirrors(this, jobs)
+        speeds, synchronous = _speeds(this), _can_be_synchronous(this)
+        for disk, job in zip(this.disks, jobs, strict=True):
+            _begin_mirror(this, disk, job, speeds.get(disk.target), synchronous=synchronous)
     try:
         _follow(this, files, lambda: _total(jobs), lambda: _are_ready(this, jobs))
     except (InvalidState, HypervisorError) as error:
@@ -177,16 +192,26 @@ def _by_mirror(this: Taking) -> Taken:
         for job in jobs:
             job.end()
         moment = now()
-    disks = _taken_disks(this)
+    disks = tuple(this.taken_disk(disk, this.folder.taken(disk.target), "qcow2") for disk in this.disks)
     why = OUT_OF_CHAIN if this.host.libvirt_version >= NEEDS_BACKUP else NO_CHAIN
     notes = [why] * this.spec.incremental
     return this.caught(method="mirror", taken_at=moment, power=power, **_achieved(hold, *notes), disks=disks)
 
 
-def _begin_mirrors(this: Taking, jobs: Iterable[MirrorJob]) -> None:
-    speeds, synchronous = _speeds(this), this.host.libvirt_version >= NEEDS_SYNCHRONOUS_WRITES
-    for disk, job in zip(_make_targets(this), jobs, strict=True):
-        job.begin(disk.path, disk.format, speeds.get(disk.target), synchronous=synchronous)
+def _can_be_synchronous(this: Taking) -> bool:
+    return this.host.libvirt_version >= NEEDS_SYNCHRONOUS_WRITES and this.guest.qemu_version() >= NEEDS_SECTORS
+
+
+def _begin_mirror(this: Taking, disk: GuestDisk, job: MirrorJob, limit: int | None, *, synchronous: bool) -> None:
+    path = this.folder.taken(disk.target)
+    size = virtual_size(disk.path, format_of(disk))
+    if disk.backing:
+        backing_format: DiskFormat = "raw" if disk.backing_format == "raw" else "qcow2"
+        make = qemu_img.create_delta if synchronous else qemu_img.create_overlay
+        make(path, disk.backing, backing_format, size)
+    else:
+        qemu_img.create(path, "qcow2", size)
+    job.begin(path, limit, synchronous=synchronous)
 
 
 def _total(jobs: Sequence[MirrorJob]) -> JobProgress:
@@ -240,26 +265,6 @@ def _require_room(this: Taking) -> None:
     if this.guest.is_stopped_by_io_error():
         give_way(this.guest, this.folder)
         raise NoSpace(f"a disk of {this.guest.name} could not be written to: its snapshot gives way")
-
-
-def _places(this: Taking) -> list[tuple[Path, DiskFormat]]:
-    """Where each disk is copied to, and as what: under its final name where nothing remains to be converted."""
-    if this.spec.compress:
-        return [(this.folder.taken(disk), "qcow2") for disk in this.targets]
-    return [(this.folder.disk(disk, this.spec.format), this.spec.format) for disk in this.targets]
-
-
-def _taken_disks(this: Taking) -> tuple[TakenDisk, ...]:
-    return tuple(this.taken_disk(disk, *place) for disk, place in zip(this.disks, _places(this), strict=True))
-
-
-def _make_targets(this: Taking) -> tuple[TakenDisk, ...]:
-    """An empty image for each disk."""
-    disks = _taken_disks(this)
-    for disk in disks:
-        qemu_img.create(disk.path, disk.format, disk.virtual_size)
-        disk.path.chmod(0o600)
-    return disks
 
 
 def _speeds(this: Taking) -> dict[str, int]:

@@ -9,6 +9,7 @@ from worker.compute.snapshots.taking import Taking, format_of, require_new, taki
 from worker.context import Context
 from worker.errors import CheckpointMissing
 from worker.images import qemu_img
+from worker.images.files import allocated_size
 from worker.images.reserve import Ledger
 from worker.models import MIB, DiskFormat, GuestDisk, SnapshotSpec
 from worker.virt import checkpoints
@@ -53,8 +54,7 @@ def _needed(this: Taking) -> int:
     changed = _changed(this, link.since) if link.since else None
     if changed is not None:
         return sum(changed.values()) + MARGIN * len(changed)
-    copied = this.spec.compress and this.guest.is_active() and this.spec.method != "cold"  # and then compressed
-    return sum(_flat(disk, this.spec.format) + (_flat(disk, "qcow2") if copied else 0) for disk in this.disks)
+    return sum(_flat(disk, this.spec.format) + _caught(this, disk) for disk in this.disks)
 
 
 def _changed(this: Taking, since: str) -> dict[str, int] | None:
@@ -64,6 +64,15 @@ def _changed(this: Taking, since: str) -> dict[str, int] | None:
     except CheckpointMissing:
         return None
     return {disk: known[disk] for disk in this.targets} if known.keys() >= set(this.targets) else None
+
+
+def _caught(this: Taking, disk: GuestDisk) -> int:
+    """Bytes of what lies beside a disk's final form until that is made."""
+    if not this.guest.is_active() or this.spec.method == "cold":
+        return 0
+    if _by_backup(this):
+        return _flat(disk, "qcow2") if this.spec.compress else 0
+    return allocated_size(disk.path) + MARGIN  # a mirror is of the top layer
 
 
 def _by_backup(this: Taking) -> bool:
