@@ -63,7 +63,7 @@ def test_a_libvirt_that_knows_neither_backups_nor_checkpoints_is_not_asked_for_t
     assert not any(tmp_path.iterdir())
     monkeypatch.setattr(Guest, "libvirt_version", (3, 4, 0))
     with pytest.raises(UnsupportedByHost, match=r"mirrors need 3\.5\.0"):
-        MirrorJob(this.guest, "vda").begin(tmp_path / "copy", "qcow2")
+        MirrorJob(this.guest, "vda").begin(tmp_path / "copy")
 
 
 def test_disks_that_are_no_files_are_named_where_all_were_asked_for(host: Host, tmp_path: Path) -> None:

@@ -107,12 +107,13 @@ def publish(instance: LocalInstance, taken: Taken, ctx: Context) -> Snapshot:
     Raises SnapshotDamaged, NoSpace.
     """
     data = instance.local.data
-    snapshot = published(instance, ctx)
-    if snapshot is None:
-        left = snapshots.about_to_appear(data, ctx.operation)
-        snapshot = left if left and left.taken_at == taken.taken_at else _made_durable(instance, taken, ctx)
-        ctx.check()
-        snapshots.publish(data, snapshot)
+    with instance.owned(ctx):  # one who stood still since it looked must not publish what another has begun to verify
+        snapshot = published(instance, ctx)
+        if snapshot is None:
+            left = snapshots.about_to_appear(data, ctx.operation)
+            snapshot = left if left and left.taken_at == taken.taken_at else _made_durable(instance, taken, ctx)
+            ctx.check()
+            snapshots.publish(data, snapshot)
     Ledger(data.root).release(ctx.operation)
     return snapshot
 

@@ -72,7 +72,8 @@ def _caught(this: Taking, disk: GuestDisk) -> int:
         return 0
     if _by_backup(this):
         return _flat(disk, "qcow2") if this.spec.compress else 0
-    return allocated_size(disk.path) + MARGIN  # a mirror is of the top layer
+    top = allocated_size(disk.path)  # of which a mirror is; its delta, allocated by the sector, takes 0.1 % more
+    return top + top // 256 + MARGIN
 
 
 def _by_backup(this: Taking) -> bool:
