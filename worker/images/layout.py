@@ -174,6 +174,12 @@ class SnapshotDir:
         _make(self.path)
         return self
 
+    def create_empty(self) -> SnapshotDir:
+        """Make the folder, without what a killed attempt or deletion may have left in it."""
+        for path in self.create().path.iterdir():
+            path.unlink()
+        return self
+
 
 @dataclass(frozen=True)
 class DataDir:

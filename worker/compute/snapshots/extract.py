@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from worker.compute.snapshots import cold
 from worker.compute.snapshots.share import shares
 from worker.compute.snapshots.taking import published, taking
 from worker.context import Context, Watcher
-from worker.errors import SnapshotDamaged
+from worker.errors import InvalidState, SnapshotDamaged
 from worker.images import qemu_img, snapshots
 from worker.images.checksum import seal
 from worker.images.files import allocated_size
@@ -37,9 +39,27 @@ def extract(instance: LocalInstance, spec: SnapshotSpec, taken: Taken, ctx: Cont
     work = _Extraction(instance, spec, taken, instance.local.data.unfinished_snapshot(ctx.operation))
     watches = shares(ctx, [disk.virtual_size for disk in taken.disks])
     # The disks of a guest that is off are read right here: nobody else of the fleet may touch them meanwhile.
-    with instance.owned(ctx):
+    with instance.owned(ctx), _holding_still(instance) if taken.method == "cold" else nullcontext():
         disks = tuple(work.finish(disk, watch) for disk, watch in zip(taken.disks, watches, strict=True))
     return taken.model_copy(update={"disks": disks})
+
+
+@contextmanager
+def _holding_still(instance: LocalInstance) -> Iterator[None]:
+    """Raise InvalidState where somebody past the fleet has started the guest, whose disks the block reads."""
+    _require_still(instance)
+    yield
+    _require_still(instance)
+
+
+def _require_still(instance: LocalInstance) -> None:
+    with instance.local.libvirt() as host:
+        guest = host.find_uuid(instance.uuid)
+        if guest is not None and guest.is_active():
+            raise InvalidState(
+                f"{instance.name} was started while its disks were read: what was copied is of no instant",
+                hint=f"Take it again: virtfleet snapshot {instance.name}",
+            )
 
 
 def _caught_again(instance: LocalInstance, spec: SnapshotSpec, taken: Taken, ctx: Context) -> Taken:
@@ -50,8 +70,7 @@ def _caught_again(instance: LocalInstance, spec: SnapshotSpec, taken: Taken, ctx
             raise _started_anew(instance)
         if (known := this.recall()) is not None:  # an earlier attempt was here
             return known
-        for path in this.folder.create().path.iterdir():
-            path.unlink()
+        this.folder.create_empty()
         this.keep_definition()
         return this.caught(**taken.model_dump(exclude={"boot"}))
 

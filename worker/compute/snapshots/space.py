@@ -29,7 +29,7 @@ def reserve(instance: LocalInstance, spec: SnapshotSpec, ctx: Context) -> int:
         _require_possible(this)
         needed = _needed(this)
         ctx.undo("discard_snapshot", name=instance.name, uuid=instance.uuid)
-        this.folder.create()
+        this.folder.create_empty()
         Ledger(data.root).reserve(
             ctx.operation, needed, this.folder.path, instance.local.settings.reserve_bytes, watch=ctx
         )
