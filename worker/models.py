@@ -311,6 +311,8 @@ class Taken(Moment):
     """What was caught at the instant, and where it lies until it is published."""
 
     disks: tuple[TakenDisk, ...]
+    began: float | None = None
+    """When libvirt was asked for a backup, in seconds since the epoch by the host's clock."""
     boot: str = ""
     """Of the host: nothing of it need be on the disk before it is published. Earlier versions did not say."""
 

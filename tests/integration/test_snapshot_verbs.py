@@ -140,6 +140,22 @@ def test_the_success_of_a_foreign_backup_is_not_taken_for_ours(
         subprocess.run(["qemu-img", "compare", "-U", "-q", str(disk.path), str(copy.path)], check=True)
 
 
+def test_a_backup_that_ended_while_no_worker_was_there_is_not_made_anew(
+    lab: LabHost, guest: Guest, instance: LocalInstance
+) -> None:
+    operation = f"op-{guest.name}"
+    with pytest.raises(KilledError):
+        live.take(instance, SLOW, Dies(operation))
+    time.sleep(live.LONG)
+    BackupJob(guest).limit({"vda": UNLIMITED, "vdb": UNLIMITED})
+    wait_until(lambda: not runs(guest), 30, "it has ended")
+    died_at = now()
+    taken = live.take(instance, SLOW, Alone(operation))
+    assert taken.taken_at < died_at
+    for disk, copy in zip(guest.disks(), taken.disks, strict=True):
+        subprocess.run(["qemu-img", "compare", "-U", "-q", str(disk.path), str(copy.path)], check=True)
+
+
 def test_a_backup_that_ends_while_it_is_followed_is_not_mistaken_for_the_next_one(
     lab: LabHost, guest: Guest, instance: LocalInstance
 ) -> None:

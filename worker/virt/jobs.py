@@ -157,9 +157,7 @@ class BackupJob:
         Raises NoSpace, InvalidState when the guest stopped, JobLost when libvirtd forgot it as it restarted,
         HypervisorError.
         """
-        flags = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED | libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
-        with self._trying_to("learn how the backup ended of"):
-            ended = dict(self._guest.domain.jobStats(flags))
+        ended = self._ended()
         doing = f"the backup of {self._guest.name} on host {self._guest.host}"
         if "time_elapsed" in ended and ended["time_elapsed"] / 1000 + _ROUNDED < self._seen_for:
             raise JobLost(f"{doing} has ended, and another job after it: libvirt does not know how the first one did")
@@ -170,6 +168,17 @@ class BackupJob:
         if not self._guest.is_active():
             raise InvalidState(f"{doing} was cut off: the guest is {self._guest.power()}")
         raise JobLost(f"{doing} has ended, and libvirt does not know how")
+
+    def ran_for(self) -> float:
+        """Seconds that the guest's last job ran, if it was a backup that ended well, whoever began it; else 0."""
+        ended = self._ended()
+        went_well = ended.get("operation") == _BACKUP and ended.get("success") is True
+        return float(ended.get("time_elapsed", 0)) / 1000 if went_well else 0.0
+
+    def _ended(self) -> dict[str, Any]:
+        flags = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED | libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
+        with self._trying_to("learn how the backup ended of"):
+            return dict(self._guest.domain.jobStats(flags))
 
     def forget_outcome(self) -> None:
         """Forget how earlier jobs ended, so that no success of theirs is taken for one of ours."""

@@ -195,7 +195,7 @@ def _manifest(
         for disk in taken.disks
     )
     return Snapshot(
-        **taken.model_dump(exclude={"disks", "boot"}),
+        **taken.model_dump(exclude={"disks", "boot", "began"}),
         id=ctx.operation,
         instance=instance.name,
         instance_uuid=instance.uuid,

@@ -53,6 +53,12 @@ OUT_OF_CHAIN = (
     " and lets no other one begin (virtfleet doctor says how to end that)"
 )
 
+LONG = 2.0
+"""Seconds that a backup must have run to be known again when it has ended: a shorter one is soon made anew."""
+
+COINCIDENCE = 0.5
+"""Seconds within which a backup's end is taken for that of another look at it."""
+
 CRAWL = MIB
 """Bytes per second until the guest is thawed: beside a copy at full speed its agent answered after 40 to 400 ms, on two
 busy cores; beside one that crawls after 20 to 50."""
@@ -112,9 +118,18 @@ def _by_backup(this: Taking, taken: Taken | None = None) -> Taken:
 
 
 def _require_sight(this: Taking, job: BackupJob, taken: Taken) -> None:
-    """Raise JobLost unless the backup still runs: how the last one ended libvirt tells, but not whose it was."""
-    if set(job.targets().values()) != {disk.path for disk in taken.disks} and this.guest.is_active():
+    """Raise JobLost unless the backup still runs, or is known again: libvirt tells how the last one ended, not whose
+    it was."""
+    runs = set(job.targets().values()) == {disk.path for disk in taken.disks}
+    if this.guest.is_active() and not runs and not (job.progress() is None and _is_known_again(job, taken)):
         raise JobLost(f"the backup of {this.guest.name} has ended while nobody saw how")
+
+
+def _is_known_again(job: BackupJob, taken: Taken) -> bool:
+    """Whether the last backup ended just when this one's files were written to last (measured: within 0.1 s)."""
+    ran = job.ran_for()
+    written = max(disk.path.stat().st_mtime for disk in taken.disks)
+    return taken.began is not None and ran > LONG and abs(taken.began + ran - written) < COINCIDENCE
 
 
 def _begin_backup(this: Taking, job: BackupJob) -> Taken:
@@ -128,10 +143,11 @@ def _begin_backup(this: Taking, job: BackupJob) -> Taken:
     if job.progress() is not None:  # libvirt would let this one wait for its end, the guest being frozen
         raise StateLockBusy(f"somebody else backs {this.guest.name} up; see: virsh domjobinfo {this.guest.name}")
     with held(this) as hold:  # as little as possible is done in here
+        began = time.time()
         try:
             job.begin(targets, since=link.since, checkpoint=link.checkpoint)
         except CheckpointMissing as error:
-            link = chain.broken(link, error.message)
+            link, began = chain.broken(link, error.message), time.time()
             job.begin(targets, checkpoint=link.checkpoint)
         moment = now()
         if hold.frozen:
@@ -144,6 +160,7 @@ def _begin_backup(this: Taking, job: BackupJob) -> Taken:
         **_achieved(hold, link.note),
         parent=link.parent,
         checkpoint=link.checkpoint,
+        began=began,
         disks=disks,
     )
 
