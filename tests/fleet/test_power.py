@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -297,6 +298,17 @@ def test_a_fence_from_a_redis_that_was_lost_is_outgrown(host: LabHost, scheduler
     ahead = int(time.time() * 1e6) + 10**12
     power.pause(on_host(host, record), Alone("op-elsewhere", ahead))
     assert note(scheduler.call("resume", instance=record["instance"])) == "resumed"
+
+
+def test_the_power_of_a_qemu_that_hangs_can_be_taken_away(host: LabHost, scheduler: Scheduler, spawn: Spawn) -> None:
+    """What was asked of it before keeps libvirt from everything else, also from marking the domain."""
+    name = spawn()["instance"]
+    os.kill(host.qemu_pid(name), signal.SIGSTOP)
+    with subprocess.Popen(["virsh", "--quiet", "--connect", host.uri, "suspend", name], stderr=subprocess.DEVNULL):
+        time.sleep(1)
+        assert note(scheduler.call("power_off", instance=name, timeout=0)) == "powered off by force"
+    assert state_of(host, name) == "shut off"
+    assert note(scheduler.call("power_on", instance=name)) == "started"
 
 
 @pytest.mark.thorough

@@ -31,14 +31,15 @@ class PowerChange(Frozen):
 
 
 @contextmanager
-def _guest(instance: LocalInstance, ctx: Context) -> Iterator[tuple[Guest, Owner | None]]:
+def _guest(instance: LocalInstance, ctx: Context, *, mark_first: bool = True) -> Iterator[tuple[Guest, Owner | None]]:
     """The instance's guest, marked as this step's; and the mark of an earlier attempt of this operation."""
     with instance.owned(ctx), instance.local.libvirt() as host:
         guest = host.guest(instance.uuid)
         require_ours(guest)
         mark = guest.owner()
         begun = mark if mark and mark.operation == ctx.operation else None
-        guest.claim(instance.owner(ctx, started=begun is not None and begun.started))
+        owner = instance.owner(ctx, started=begun is not None and begun.started)
+        guest.claim(owner) if mark_first else guest.check_fence(owner)
         yield guest, begun
 
 
@@ -72,7 +73,9 @@ def power_off(instance: LocalInstance, patience: Patience, ctx: Context, *, come
 
     `comes_back`: if it is not to be, the guest has to run again, and so be waited for once it was asked.
     """
-    with _guest(instance, ctx) as (guest, _):
+    # A QEMU that hangs keeps libvirt from all but taking its power away, also from marking the domain.
+    by_force = patience.timeout == 0
+    with _guest(instance, ctx, mark_first=not by_force) as (guest, _):
         before = guest.power()
         if before is PowerState.SAVED:
             return PowerChange(before=before, after=before, note="already off, its memory saved")
@@ -81,6 +84,8 @@ def power_off(instance: LocalInstance, patience: Patience, ctx: Context, *, come
         if comes_back:
             _await_when_undone(instance, patience, ctx)
         note = _take_down(instance, guest, before, patience, ctx)
+        if by_force:
+            guest.claim(instance.owner(ctx))
         return PowerChange(before=before, after=guest.power(), note=note)
 
 
