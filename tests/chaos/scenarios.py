@@ -250,7 +250,7 @@ SCENARIOS = (
         steps=("destroy_instance",),
         request=lambda ground: {"instance": ground.instance},
     ),
-    _snapshot("by backup", *LIVE, cancel_at="live_snapshot", method="backup", quiesce="require", limit_mib=200),
+    _snapshot("by backup", *LIVE, cancel_at="live_snapshot", method="backup", quiesce="require", limit_mib=1000),
     _snapshot("by mirror", *LIVE, method="mirror", compress="zstd", limit_mib=50),
     _snapshot("incremental", *LIVE, incremental=True),
     replace(_snapshot("increment", *LIVE, incremental=True), needs_snapshot=True),

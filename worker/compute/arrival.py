@@ -151,7 +151,7 @@ def _reserve(instance: LocalInstance, departure: Departure, ctx: Context) -> int
     """Have the space promised that is needed, the base image's included if it is not here; bytes."""
     data = instance.local.data
     has_base = departure.base is None or (not departure.flatten and (data.images / departure.base).exists())
-    # Its base comes too, or it is flattened, and then takes more than both where the base is compressed.
+    # Its base comes too, or it is flattened, and then takes more than that where the base is compressed.
     needed = departure.allocated + (0 if has_base else max(departure.base_allocated, departure.flat)) + METADATA_BYTES
     Ledger(data.root).reserve(ctx.operation, needed, instance.folder.path, instance.local.settings.reserve_bytes, ctx)
     return needed

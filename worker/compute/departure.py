@@ -28,7 +28,7 @@ from worker.images.files import (
     rename_folder,
     write_text_durably,
 )
-from worker.models import Frozen, Move, Network, NewSizes, PowerState, Sizes
+from worker.models import Disk, Frozen, Move, Network, NewSizes, PowerState, Sizes
 from worker.virt.guest import Guest
 
 log = structlog.get_logger(__name__)
@@ -40,7 +40,7 @@ class Departure(Frozen):
     """What leaves: the domain as it was defined, what it did, and its files with their lengths while it still ran.
 
     `base` is the image in the host's cache that the root disk stands on; with `flatten` it is to stand alone there,
-    and `flat` is what it takes then at most.
+    and `flat` is how much more it takes then, at most.
     `probe` is what its directory was marked with. Sizes in bytes.
     """
 
@@ -117,7 +117,7 @@ def describe(
             base=base.name if base else None,
             base_size=base.stat().st_size if base else 0,
             base_allocated=allocated_size(base) if base else 0,
-            flat=qemu_img.measure(root.path, root.format, root.format) if base else 0,
+            flat=max(0, _flat_size(root) - allocated_size(root.path)) if base else 0,
             flatten=flatten,
             sizes=wanted.after(before),
             resized=wanted.after(before) != before,
@@ -125,6 +125,10 @@ def describe(
             probe=probe,
             notes=tuple(f"checkpoint {name} is not taken along" for name in guest.checkpoints()),
         )
+
+
+def _flat_size(disk: Disk) -> int:
+    return qemu_img.measure(disk.path, disk.format, disk.format)
 
 
 def _require_movable(instance: LocalInstance, guest: Guest) -> PowerState:

@@ -31,9 +31,13 @@ def require_no_others(guest: Guest, folder: InstanceDir, spec: InstanceSpec) -> 
         if path is None or known.get(target) != path.resolve():
             raise UnsupportedByHost(
                 f"disk {target} of {guest.name} is {path or 'not in a file'}, which the fleet did not give it",
-                hint=f"Detach it: virsh detach-disk {guest.name} {target}. Merge the overlay of a snapshot: power off,"
-                f" qemu-img commit {path}, and name the disk below it again: virsh edit {guest.name}",
+                hint=f"Detach it: virsh detach-disk {guest.name} {target}.{_merging(guest, path) if path else ''}",
             )
+
+
+def _merging(guest: Guest, path: Path) -> str:
+    commit = f"power off, qemu-img commit {path}, and name the disk below it again: virsh edit {guest.name}"
+    return f" Merge the overlay of a snapshot: {commit}"
 
 
 def _with_others(folder: InstanceDir, spec: InstanceSpec, data: list[Disk]) -> DiskSet:

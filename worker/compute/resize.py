@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, takewhile
+from pathlib import Path
 
 import structlog
 
@@ -207,10 +208,10 @@ def _restore_disks(folder: InstanceDir, before: Before, ctx: Context) -> None:
     for disk in disks.kept(folder, before.spec):
         if disk.virtual_size > before.disks[disk.path.name]:
             qemu_img.shrink(disk.path, disk.format, before.disks[disk.path.name])
-    for index in count(len(before.spec.ephemeral_gib)):
-        if not folder.ephemeral(index).exists():
-            break
-        folder.ephemeral(index).unlink()  # made by this resize; what else somebody put into the folder stays
+    # Those that this resize has made, the last one first: so a second attempt finds what the first one has left.
+    added = takewhile(Path.exists, map(folder.ephemeral, count(len(before.spec.ephemeral_gib))))
+    for path in reversed([*added]):
+        path.unlink()
     if not before.spec.swap_mib:
         folder.swap.unlink(missing_ok=True)
     elif not bring_back_former(folder.swap) and size_of(folder.swap) != before.spec.swap_mib * MIB:

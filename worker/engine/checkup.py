@@ -158,7 +158,9 @@ def _reaper(book: Journal) -> Iterator[Suspect]:
     remedy = "It runs in every control worker; start one: virtfleet worker control"
     with translated():
         leader = cast("str | None", book.redis.get(keys.REAPER))
-        overdue = book.redis.zcount(keys.ATTENTION, "-inf", book.now() - OVERDUE)
+        late = book.now() - OVERDUE
+        overdue = book.redis.zcount(keys.ATTENTION, "-inf", late)
+        overdue += book.redis.zcount(keys.ATTENTION, keys.NOT_BEGUN, keys.NOT_BEGUN + late)
     if leader is None:
         what = "no reaper runs: what stands still is not set going again"
         yield suspect(Severity.ERROR, "reaper", what, where=keys.REAPER, remedy=remedy)

@@ -141,8 +141,7 @@ def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
     except (HandedOver, NotItsTurn) as error:
         return Ending("retry", error=error)
     except InstanceLocked as error:
-        most = max(MOST_LOCKED, _retries(made, ctx).attempts)
-        return Ending("retry" if ctx.step.locked < most else "failed", error=error)
+        return Ending("retry" if ctx.step.locked < _most_locked(made, ctx) else "failed", error=error)
     except FleetError as error:
         return Ending("retry" if ctx.tries < _attempts(made, ctx, error) else "failed", error=error)
     except Exception as error:
@@ -158,12 +157,17 @@ def _retries(made: Step[Any], ctx: StepContext) -> Retries:
     return max(made.retries, FINISH_RETRIES, key=lambda one: one.attempts) if ctx.is_irrevocable else made.retries
 
 
+def _most_locked(made: Step[Any], ctx: StepContext) -> int:
+    return max(MOST_LOCKED, _retries(made, ctx).attempts)
+
+
 def _attempts(made: Step[Any], ctx: StepContext, error: FleetError) -> int:
     """How often a step that failed so may be tried in all."""
     if error.retryable or isinstance(error, BrokerUnavailable):  # the work is sound, only Redis was away
         return _retries(made, ctx).attempts
     # A full disk may have room again in a minute, and what is given up leaves a guest half way.
-    return STUBBORN if _has_no_way_back(ctx) and not isinstance(error, NotOurs | Cancelled) else 1
+    hopeless = error.bad_input or isinstance(error, NotOurs | Cancelled)
+    return STUBBORN if _has_no_way_back(ctx) and not hopeless else 1
 
 
 def _has_no_way_back(ctx: StepContext) -> bool:
@@ -205,6 +209,8 @@ def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeepe
 def _told(error: FleetError, made: Step[Any], ctx: StepContext) -> dict[str, Any]:
     """The error with where and when it happened."""
     attempts = {"attempt": ctx.tries, "attempts": _retries(made, ctx).attempts}
+    if isinstance(error, InstanceLocked):
+        attempts = {"attempt": ctx.step.locked + 1, "attempts": _most_locked(made, ctx)}
     return {**error.as_dict(), "step": ctx.lease.step, "host": ctx.host, **attempts}
 
 

@@ -74,6 +74,17 @@ def used_by(data: DataDir, snapshot: str) -> list[str]:
     return [one.id for one in every(data) if any(disk.backing == snapshot for disk in one.disks)]
 
 
+def require_unused(data: DataDir, snapshot: str) -> None:
+    """Raise SnapshotInUse where others hold only what changed since this one."""
+    users = used_by(data, snapshot)
+    if users:
+        raise SnapshotInUse(
+            f"snapshot {snapshot} is needed by {', '.join(users)}, which hold only what changed since",
+            hint="Delete those first, the newest one first.",
+            used_by=users,
+        )
+
+
 def prove(data: DataDir, snapshot: Snapshot, disk: SnapshotDisk, watch: Watcher) -> None:
     """Make sure that a disk, and all that it builds on, is what it was when it was published. Progress in bytes.
 
@@ -113,13 +124,7 @@ def remove(data: DataDir, snapshot: str) -> bool:
     It stops being a snapshot before its first file goes.
     """
     published, unfinished = data.snapshot(snapshot).path, data.unfinished_snapshot(snapshot).path
-    users = used_by(data, snapshot)
-    if users:
-        raise SnapshotInUse(
-            f"snapshot {snapshot} is needed by {', '.join(users)}, which hold only what changed since",
-            hint="Delete those first, the newest one first.",
-            used_by=users,
-        )
+    require_unused(data, snapshot)
     there = published.exists() or unfinished.exists()
     remove_tree(unfinished, data.snapshots)
     if published.exists():

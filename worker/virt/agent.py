@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 
 import libvirt
 import libvirt_qemu
 
-from worker.errors import AgentUnresponsive, FleetError, HypervisorError, InstanceNotFound, InvalidState
+from worker.errors import (
+    AgentUnresponsive,
+    FleetError,
+    HypervisorError,
+    InstanceNotFound,
+    InvalidState,
+    UnsupportedByHost,
+)
 from worker.virt.faults import translated
 from worker.virt.guest import Guest
 
@@ -21,6 +29,7 @@ WINDOWS = "mswindows"
 On others the agent may run hooks that do the same, but it does not tell whether it has any.
 """
 
+_UNKNOWN_COMMAND = re.compile(r"command \S+ has (been disabled|not been found)")
 _OS_INFO = '{"execute":"guest-get-osinfo"}'
 
 
@@ -37,13 +46,19 @@ def freeze(guest: Guest) -> int:
 
 
 def thaw(guest: Guest) -> None:
-    """Thaw the guest's file systems; thawed already, off or gone is success. Raises AgentUnresponsive."""
+    """Thaw the guest's file systems; thawed already, off or gone is success. Raises AgentUnresponsive.
+
+    So is an agent that cannot thaw at all: it cannot have frozen any.
+    """
     try:
         _bound(guest, ANSWER_WITHIN)
         with translated(f"thaw the file systems of {guest.name}", guest.host):
             guest.domain.fsThaw()
     except (InvalidState, InstanceNotFound):
         if guest.is_active():
+            raise
+    except (HypervisorError, UnsupportedByHost) as error:
+        if not _UNKNOWN_COMMAND.search(error.message):
             raise
 
 

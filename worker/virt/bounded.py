@@ -21,21 +21,22 @@ ANSWER_SECONDS = 15.0
 """How long QEMU may take to answer; a healthy one does within milliseconds, a busy one within a second or two."""
 
 START_SECONDS = 600.0
-"""How long a guest may take to start. One with saved memory reads that first; others are up within seconds."""
+"""How long a guest may take to start that has no saved memory to read: a healthy one is up within seconds."""
 
 HEED_SECONDS = 0.5
 """How often one who waits looks whether the answer is still wanted."""
 
 Answer = tuple[Any, Exception | None]
 
-ANSWERED_BY_QEMU = {
-    **dict.fromkeys(("shutdownFlags", "reboot", "reset", "suspend", "resume", "pMWakeup"), ANSWER_SECONDS),
-    **dict.fromkeys(("blockJobInfo", "blockJobAbort", "blockJobSetSpeed", "blockCopy"), ANSWER_SECONDS),
-    **dict.fromkeys(("backupBegin", "jobStats", "abortJob"), ANSWER_SECONDS),
-    "createWithFlags": START_SECONDS,
-}
-"""Calls of a domain that end at QEMU's monitor, and within how many seconds. Those that take their time there (save,
-destroy) have a bound of libvirt's own, or somebody who follows them."""
+ANSWERED_BY_QEMU = frozenset(
+    {
+        *("shutdownFlags", "reboot", "reset", "suspend", "resume", "pMWakeup"),
+        *("blockJobInfo", "blockJobAbort", "blockJobSetSpeed", "blockCopy"),
+        *("backupBegin", "jobStats", "abortJob"),
+    }
+)
+"""Calls of a domain that end at QEMU's monitor, and soon. Those that take their time there (save, destroy) have a
+bound of libvirt's own, or somebody who follows them."""
 
 
 class _Bounded:
@@ -47,7 +48,7 @@ class _Bounded:
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._domain, name)
-        return partial(self.ask, attribute, within=ANSWERED_BY_QEMU[name]) if name in ANSWERED_BY_QEMU else attribute
+        return partial(self.ask, attribute) if name in ANSWERED_BY_QEMU else attribute
 
     def ask(self, call: Callable[..., Any], *arguments: Any, within: float = ANSWER_SECONDS) -> Any:
         """Make the call in a thread that may be left behind: it ends with QEMU, or with its connection."""
@@ -75,12 +76,12 @@ class _Bounded:
         raise GuestHung(f"QEMU of {self._domain.name()} on host {self._host} did not answer within {within:.0f} s")
 
 
-def asked(domain: libvirt.virDomain, call: Callable[..., Any], *arguments: Any) -> Any:
+def asked(domain: libvirt.virDomain, call: Callable[..., Any], *arguments: Any, within: float = ANSWER_SECONDS) -> Any:
     """What a function answers that takes a `bounded` domain, such as those of libvirt_qemu. Raises GuestHung.
 
     For calls on what belongs to a domain, too: `asked(domain, lambda domain: domain.checkpointLookupByName(...)...)`.
     """
-    return cast("_Bounded", domain).ask(call, domain, *arguments)
+    return cast("_Bounded", domain).ask(call, domain, *arguments, within=within)
 
 
 def bounded(domain: libvirt.virDomain, host: str) -> libvirt.virDomain:

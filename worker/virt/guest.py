@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -29,7 +30,7 @@ from worker.errors import (
 )
 from worker.models import GuestDisk, Owner, PowerState
 from worker.stall import StallDeadline
-from worker.virt.bounded import asked, bounded
+from worker.virt.bounded import START_SECONDS, asked, bounded
 from worker.virt.connection import version_of
 from worker.virt.domain_xml import (
     NAMESPACE,
@@ -236,9 +237,12 @@ class Guest:
         return {Path(str(source.get("file"))) for source in sources}
 
     def disk_sources(self) -> set[tuple[str, Path | None]]:
-        """Target and file of every disk, now and when it starts next; None for what does not lie in a file."""
+        """Target and file of every disk, now and when it starts next; None for what does not lie in a file.
+
+        Drives without a medium are left out.
+        """
         trees = [parse(self.xml()), parse(self.xml(inactive=True))]
-        return {disk_source(disk) for tree in trees for disk in tree.iterfind("./devices/disk")}
+        return {disk_source(disk) for tree in trees for disk in tree.iterfind("./devices/disk[source]")}
 
     def disks(self) -> list[GuestDisk]:
         """The disks in files, as the guest uses them now, or will when it is started."""
@@ -289,8 +293,9 @@ class Guest:
     def start(self, *, paused: bool = False) -> None:
         """Start, or resume from a managed save. Active already is success; crashed is InvalidState."""
         flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+        within = math.inf if self.has_managed_save() else START_SECONDS  # saved memory is read as long as it takes
         with self._towards("start", PowerState.RUNNING, PowerState.PAUSED):
-            self._domain.createWithFlags(flags)
+            asked(self._domain, lambda domain: domain.createWithFlags(flags), within=within)
 
     def shutdown(self, *, agent: bool = False) -> None:
         """Ask the guest to power off and return at once; off already or gone is success.

@@ -11,7 +11,7 @@ from worker.compute.doctor.leftovers import age, is_temporary, size
 from worker.findings import Severity, Suspect, suspect
 from worker.images import snapshots
 from worker.images.files import human_size
-from worker.images.layout import DataDir
+from worker.images.layout import DataDir, SnapshotDir
 from worker.images.reserve import Ledger
 
 ADMITTED_WITHIN = 60.0
@@ -41,11 +41,11 @@ def images(data: DataDir) -> Iterator[Suspect]:
 
 def damaged_snapshots(data: DataDir) -> Iterator[Suspect]:
     """Folders that are no snapshots though they lie there, and snapshots that lack what they build on."""
+    folders = sorted(data.snapshots.glob("[!.]*"))  # first: one that is published now is read below
     there = {data.snapshot(one.id).path: one for one in snapshots.every(data)}
-    for path in sorted(data.snapshots.glob("[!.]*")):
-        if path not in there:
-            what = "no snapshot: its manifest is not there or cannot be read, so it is neither listed nor used"
-            yield _stray(path, f"{what} ({human_size(size(path))})")
+    for path in folders:
+        if path not in there and path.exists():
+            yield _no_snapshot(path)
     for path, one in there.items():
         below = {data.snapshot(disk.backing).path for disk in one.disks if disk.backing}
         lacks = [disk.file for disk in one.disks if not (path / disk.file).exists()]
@@ -60,6 +60,20 @@ def damaged_snapshots(data: DataDir) -> Iterator[Suspect]:
                 f" worthless: virtfleet snapshot delete {one.id}",
                 owners=[one.instance, one.instance_uuid],
             )
+
+
+def _no_snapshot(path: Path) -> Suspect:
+    taken = human_size(size(path))
+    if not SnapshotDir(path).manifest.exists():
+        return _stray(path, f"no snapshot: it has no manifest, so it is neither listed nor used ({taken})")
+    return suspect(
+        Severity.WARNING,
+        "unreadable_snapshot",
+        f"a snapshot whose manifest this version cannot read ({taken})",
+        where=path,
+        remedy="Bring all workers to one version; should it be damaged, its disks are whole files all the same.",
+        owners=[path.name],
+    )
 
 
 def promises(data: DataDir) -> Iterator[Suspect]:

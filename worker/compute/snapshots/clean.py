@@ -79,6 +79,7 @@ def delete(instance: LocalInstance, snapshot: str, ctx: Context) -> bool:
     A guest that is off keeps the checkpoint until it runs and the next incremental snapshot is taken.
     """
     with instance.owned(ctx), instance.local.libvirt() as host:
+        snapshots.require_unused(instance.local.data, snapshot)
         ctx.make_irrevocable()
         removed = snapshots.remove(instance.local.data, snapshot)
         guest = host.find_uuid(instance.uuid)

@@ -120,8 +120,11 @@ def _by_backup(this: Taking, taken: Taken | None = None) -> Taken:
 def _require_sight(this: Taking, job: BackupJob, taken: Taken) -> None:
     """Raise JobLost unless the backup still runs, or is known again: libvirt tells how the last one ended, not whose
     it was."""
-    runs = set(job.targets().values()) == {disk.path for disk in taken.disks}
-    if this.guest.is_active() and not runs and not (job.progress() is None and _is_known_again(job, taken)):
+    if set(job.targets().values()) == {disk.path for disk in taken.disks}:
+        return
+    known = job.progress() is None and _is_known_again(job, taken)
+    # A guest that is off, and of which libvirt tells no success, has taken its backup with it: that is told as such.
+    if not known and (this.guest.is_active() or job.ran_for() > 0):
         raise JobLost(f"the backup of {this.guest.name} has ended while nobody saw how")
 
 
