@@ -274,6 +274,7 @@ def _set_aside_again(ctx: StepContext) -> dict[str, str]:
 def start_source(ctx: StepContext, request: RevertRequest) -> None:
     """Start the guest, if it ran before it left, and wait until it is as far as the request wants it."""
     instance = local_instance(ctx)
+    departure.break_seal(instance, ctx)
     if arrival.start(instance, ctx.result(prove_source).departure, ctx) is PowerState.RUNNING:
         provision.wait_ready(instance, request.readiness(), ctx)
 
@@ -347,5 +348,4 @@ def undo_set_aside(ctx: StepContext, name: str, uuid: str) -> None:
 @undoes("set_aside_again")
 def undo_return(ctx: StepContext, name: str, uuid: str, migration: str, counts: str) -> None:
     """Set the copy aside again that a revert had brought back."""
-    ran = ctx.record.steps["start_source"].state is not StepState.PENDING
-    departure.set_aside_again(LocalInstance(local_host(ctx), name, uuid), migration, counts, ctx, ran=ran)
+    departure.set_aside_again(LocalInstance(local_host(ctx), name, uuid), migration, counts, ctx)

@@ -66,7 +66,7 @@ class Handover(Frozen):
     """Lies in both copies of an instance that has moved: which one counts, and what the other one is.
 
     `confirm_at`: see `worker.models.Move`. It is noted here since Redis may lose what it was asked to do later.
-    `former`: where an earlier version kept what `keep_former` keeps now.
+    `former`: where an earlier version kept what `keep_former` keeps now. `sealed`: there was a seal, see `break_seal`.
     """
 
     operation: str
@@ -78,6 +78,7 @@ class Handover(Frozen):
     digests: dict[str, str] = Field(default_factory=dict)
     confirm_at: float | None = None
     former: Handover | None = None
+    sealed: bool = False
 
 
 def describe(
@@ -197,6 +198,8 @@ def put_back(instance: LocalInstance, ctx: Context, *, keep_note: bool = False) 
         return None  # this operation has not come to setting it aside
     with instance.owned(ctx) as folder, instance.local.libvirt() as host:
         folder.forget_flat()
+        if not keep_note:
+            folder.seal.unlink(missing_ok=True)
         guest = host.find_uuid(instance.uuid) or host.restore(handover.departure.xml, instance.owner(ctx))
         guest.claim(instance.owner(ctx))
         guest.set_autostart(enabled=handover.departure.autostart)
@@ -253,9 +256,20 @@ def counts_here(local: LocalHost, name: str, uuid: str) -> bool:
 
 def release(instance: LocalInstance, handover: Handover, ctx: Context) -> None:
     """Acknowledge, on the host that was left, that its copy does not count any more."""
-    with instance.aside.owned(ctx) if not handover.shared else instance.owned(ctx) as folder:
+    if handover.shared:
+        with instance.owned(ctx):
+            note(instance, handover)
+        return
+    with instance.aside.owned(ctx) as folder:
         folder.forget_flat()
-        note(instance if handover.shared else instance.aside, handover)
+        folder.seal.touch(mode=0o600)
+        note(instance.aside, handover.model_copy(update={"sealed": True}))
+
+
+def break_seal(instance: LocalInstance, ctx: Context) -> None:
+    """The guest is about to run on the copy that was set aside: what was noted of its content holds no more."""
+    with instance.owned(ctx) as folder:
+        folder.seal.unlink(missing_ok=True)
 
 
 def move_of(local: LocalHost, name: str, uuid: str) -> Move | None:
@@ -279,8 +293,8 @@ def back_home(instance: LocalInstance, ctx: Context) -> PowerState:
         return host.guest(instance.uuid).power()
 
 
-def set_aside_again(instance: LocalInstance, migration: str, counts: str, ctx: Context, *, ran: bool) -> None:
-    """Take back a `put_back`: this host's copy may have run (`ran`), but the one on host `counts` is what counts."""
+def set_aside_again(instance: LocalInstance, migration: str, counts: str, ctx: Context) -> None:
+    """Take back a `put_back`: this host's copy may have run, but the one on host `counts` is what counts."""
     handover = handover_of(instance)
     if handover is None:
         return
@@ -290,9 +304,7 @@ def set_aside_again(instance: LocalInstance, migration: str, counts: str, ctx: C
             guest.check_fence(instance.owner(ctx))
             guest.destroy()
     was = {"operation": migration, "phase": "moved", "authoritative": counts, "leftover": instance.local.name}
-    digests = {} if ran else handover.digests  # it has written to its disks
-    again = handover.model_copy(update={**was, "digests": digests})
-    set_aside(instance, again, Alone(ctx.operation, ctx.fence))
+    set_aside(instance, handover.model_copy(update=was), Alone(ctx.operation, ctx.fence))
 
 
 def prove_aside(instance: LocalInstance, migration: str, ctx: Context) -> Handover:
@@ -306,8 +318,10 @@ def prove_aside(instance: LocalInstance, migration: str, ctx: Context) -> Handov
         raise InvalidState(f"host {instance.local.name} keeps no copy of {instance.name} from migration {migration}")
     if handover.shared:
         return handover
+    ran = handover.sealed and not folder.seal.exists()
     for name in handover.departure.files:
-        _prove(folder.path / name, handover.digests.get(name), instance.local.settings.stall_timeout, ctx)
+        wanted = None if ran else handover.digests.get(name)
+        _prove(folder.path / name, wanted, instance.local.settings.stall_timeout, ctx)
     return handover
 
 

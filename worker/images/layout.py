@@ -88,6 +88,11 @@ class InstanceDir:
         """What all hosts know of it, or knew before."""
         return [*self.path.glob(".handover.*")]
 
+    @property
+    def seal(self) -> Path:
+        """There as long as the guest has not run on a copy that is set aside. To break it needs no space."""
+        return self.path / ".sealed"
+
     def probe(self, operation: str) -> Path:
         """A mark by which another host's worker sees whether it has this folder too."""
         return self.path / f".probe.{operation}"
