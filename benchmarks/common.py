@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,18 @@ def milliseconds(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return (time.perf_counter() - began) * 1000
+
+
+def take_memory(scratch: Path, mib: int) -> None:
+    """Have as much free memory at hand as a copy of so many MiB fills, by a file that is written and removed.
+
+    What a virtual machine has given back to its host, which it does some 2 s after it was freed, costs 2 s per GiB to
+    get again (measured as system time): whoever comes first after a pause would pay for all.
+    """
+    with scratch.open("wb") as file:
+        for _ in range(mib + mib // 4):
+            file.write(bytes(1024**2))
+    scratch.unlink()
 
 
 def interleaved(rounds: int, *calls: Callable[[int], float]) -> list[float]:

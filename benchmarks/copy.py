@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import Result, interleaved, milliseconds, report
+from benchmarks.common import Result, interleaved, milliseconds, report, take_memory
 from tests.lab import LabHost, lab_folder
 from worker.context import Alone
 from worker.images import nbd, remote
@@ -42,6 +42,7 @@ def main() -> int:
         def timed(copy: Callable[[], None]) -> Callable[[int], float]:
             def run(_: int) -> float:
                 target.unlink(missing_ok=True)
+                take_memory(folder / "scratch", DATA_MIB)
                 return milliseconds(copy)
 
             return run
@@ -66,7 +67,7 @@ def main() -> int:
             Result("over ssh with proof, against rsync -S and the same proof", ssh, rsynced_summed, SSH_TARGET),
             Result("over ssh with proof, against rsync -S without any", ssh, rsynced, SSH_TARGET),
             Result("over NBD with proof, against nbdcopy and the same proof", by_nbd, nbdcopied_summed, NBD_TARGET),
-            Result("over NBD with proof, against nbdcopy without any", by_nbd, nbdcopied),
+            Result("over NBD with proof, against nbdcopy without any", by_nbd, nbdcopied, NBD_TARGET),
         ]
         return report(results) or int(max(allocated) > ALLOCATED)
 

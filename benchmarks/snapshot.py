@@ -20,7 +20,7 @@ import libvirt
 import libvirt_qemu
 from celery import Celery
 
-from benchmarks.common import Result, interleaved, milliseconds, report
+from benchmarks.common import Result, interleaved, milliseconds, report, take_memory
 from tests.lab import Fleet, guest_image, lab_folder
 
 ROUNDS = 5
@@ -57,6 +57,7 @@ def main() -> int:
 
         def ours(_: int, **wanted: object) -> float:
             taken: list[dict[str, Any]] = []
+            take_memory(host.data / "scratch", 2 * MIB_WRITTEN)
             spent = milliseconds(lambda: taken.append(call("snapshot", instance="bench", disks=["vda"], **wanted)))
             manifest = host.data / "snapshots" / taken[0]["id"] / "manifest.json"
             held.append(1000 * json.loads(manifest.read_text())["held_seconds"])
@@ -124,6 +125,7 @@ class ByHand:
             subprocess.run(convert, check=True)
 
         self.forget()
+        take_memory(self.folder / "scratch", 2 * MIB_WRITTEN)
         spent = milliseconds(calls)
         delta.unlink()
         flat.unlink()
@@ -141,6 +143,7 @@ class ByHand:
                     os.fsync(descriptor)
 
         self.forget()
+        take_memory(self.folder / "scratch", 2 * MIB_WRITTEN)
         spent = milliseconds(calls)
         flat.unlink()
         return spent
