@@ -242,7 +242,9 @@ def _files(site: Site, host: str, played: Played) -> Iterator[str]:
     if gone and played.record.uuid in present | known:
         yield f"{played.instance} is gone, but not without a trace: folder or registry entry {played.record.uuid}"
     left = [path for place in PASSING for path in data.glob(place)]
-    left += [path for path in data.glob("instances/*/.*") if not path.name.startswith((".lock", ".handover."))]
+    seals = {*data.glob(f"instances/*{ASIDE}/.sealed")}
+    hidden = {*data.glob("instances/*/.*")} - seals
+    left += [path for path in hidden if not path.name.startswith((".lock", ".handover."))]
     yield from (f"left behind: {path}" for path in left)
     workers = data.glob(".*@*.lock")  # each holds its own
     locks = {*data.glob("instances/*/.lock"), *data.glob(".*.lock")} - {*workers}
