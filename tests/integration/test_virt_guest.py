@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -17,6 +18,7 @@ from tests.lab.host import LabHost
 from tests.lab.process import lab_folder, wait_until
 from worker import errors
 from worker.models import Disk, DomainConfig, Owner, PowerState
+from worker.virt.domain_xml import parse
 from worker.virt.guest import Guest
 from worker.virt.host import Host
 
@@ -265,3 +267,28 @@ def test_a_real_guest_answers_by_agent_and_powers_off_when_asked(lab: LabHost, d
     wait_until(lambda: guest.agent_answers(2), 60, "the guest's agent answers after the pause")
     guest.shutdown()
     wait_until(lambda: guest.power() is PowerState.OFF, 60, "the guest powers off by ACPI")
+
+
+def test_the_cpu_of_a_guest_that_is_off_is_what_this_host_would_give_it(host: Host, define: Define) -> None:
+    guest = define()
+    modelled = guest.xml(inactive=True).replace("mode='maximum'", "mode='host-model'")
+    assert modelled != guest.xml(inactive=True)
+    host.define_xml(modelled, name=guest.name)
+    pinned = cpu_of(host.pinned_xml(guest))
+    guest.start()
+    given = cpu_of(guest.xml())
+    assert pinned.findtext("model") == given.findtext("model")
+    assert (pinned.get("mode"), len(pinned.findall("topology"))) == ("custom", 1)
+    assert features(pinned) <= features(given)
+    guest.destroy()
+    host.define_xml(host.pinned_xml(guest), name=guest.name)
+    guest.start()
+    assert cpu_of(guest.xml()).findtext("model") == given.findtext("model")
+
+
+def cpu_of(xml: str) -> Any:
+    return parse(xml).find("cpu")
+
+
+def features(cpu: Any) -> set[tuple[str, str]]:
+    return {(feature.get("policy"), feature.get("name")) for feature in cpu.iterfind("feature")}

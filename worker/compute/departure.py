@@ -111,7 +111,7 @@ def describe(
         return Departure(
             power=power,
             autostart=guest.autostart(),
-            xml=guest.pinned_xml(),
+            xml=host.pinned_xml(guest),
             files={name: (folder.path / name).stat().st_size for name in files},
             spec_size=folder.spec.stat().st_size,
             allocated=sum(allocated_size(folder.path / name) for name in files),

@@ -129,6 +129,24 @@ def with_cpu_of(xml: str, running: str) -> str:
     return etree.tostring(domain, encoding="unicode")
 
 
+def with_host_model(xml: str, host_model: str) -> str:
+    """The definition `xml`, with the CPU that the mode host-model stands for on a host; other modes stay."""
+    domain = parse(xml)
+    cpu = domain.find("cpu[@mode='host-model']")
+    if cpu is None or not host_model:
+        return xml
+    expanded = parse(host_model)
+    expanded.extend(cpu)  # its topology
+    domain.replace(cpu, expanded)
+    return etree.tostring(domain, encoding="unicode")
+
+
+def host_model_of(capabilities: _Element) -> str:
+    """What the mode host-model stands for, by a host's domain capabilities; empty where it has none."""
+    mode = capabilities.find("cpu/mode[@name='host-model'][@supported='yes']")
+    return "" if mode is None else serialized(E.cpu(*mode, mode="custom", match="exact", check="partial"))
+
+
 def serialized(element: _Element) -> str:
     """A part of a definition as text."""
     return etree.tostring(element, encoding="unicode")

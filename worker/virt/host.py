@@ -15,7 +15,15 @@ import libvirt
 from worker.errors import HypervisorError, InstanceNotFound, InvalidSpec, NetworkNotFound, UnsupportedByHost
 from worker.models import DomainConfig, Owner
 from worker.virt.connection import connected, version_of
-from worker.virt.domain_xml import domain_xml, marked, parse, redefined, serialized
+from worker.virt.domain_xml import (
+    domain_xml,
+    host_model_of,
+    marked,
+    parse,
+    redefined,
+    serialized,
+    with_host_model,
+)
 from worker.virt.faults import translated
 from worker.virt.guest import Guest
 
@@ -32,6 +40,8 @@ class DomainCapabilities:
     efi: bool
     accel: Literal["kvm", "qemu"]
     max_vcpus: int
+    host_model: str = ""
+    """The `<cpu>` of a guest that is started with the mode host-model."""
 
     def require_vcpus(self, vcpus: int) -> None:
         """Raise InvalidSpec for more than a guest can have here."""
@@ -93,14 +103,16 @@ class Host:
 
         Raises UnsupportedByHost when there can be none, or when this host's CPU lacks what the guest's has.
         """
+        can, cpu = self._capabilities_for(xml), parse(xml).find("cpu[@mode='custom']")
+        if cpu is not None and can.accel == "kvm":
+            self._compare_cpu(serialized(cpu), can)
+        return can
+
+    def _capabilities_for(self, xml: str) -> DomainCapabilities:
         domain = parse(xml)
         accel: Literal["kvm", "qemu"] = "kvm" if domain.get("type") == "kvm" else "qemu"
         machine = domain.find("os/type")
-        can = self.domain_capabilities(accel, MACHINE if machine is None else str(machine.get("machine")))
-        cpu = domain.find("cpu[@mode='custom']")
-        if cpu is not None and accel == "kvm":
-            self._compare_cpu(serialized(cpu), can)
-        return can
+        return self.domain_capabilities(accel, MACHINE if machine is None else str(machine.get("machine")))
 
     def _compare_cpu(self, cpu: str, can: DomainCapabilities) -> None:
         with self._trying_to("compare CPUs"):
@@ -126,7 +138,21 @@ class Host:
             efi="efi" in firmware,
             accel=accel,
             max_vcpus=int(vcpu.get("max", 1)) if vcpu is not None else 1,
+            host_model=host_model_of(tree),
         )
+
+    def pinned_xml(self, guest: Guest) -> str:
+        """A guest's definition, with the CPU that it was started with, or, as it is off, that it would be given here.
+
+        On another host the same host-model would be another CPU.
+        """
+        if guest.is_active():
+            return guest.pinned_xml()
+        stored = guest.xml(inactive=True)
+        try:
+            return with_host_model(stored, self._capabilities_for(stored).host_model)
+        except UnsupportedByHost:  # it could not be started here any more: that is why it leaves
+            return stored
 
     def qemu_user(self) -> tuple[int, int] | None:
         """User and group id that guests run as; None where they run as libvirtd's own (qemu:///session)."""
