@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -71,7 +72,8 @@ class Fleet:
         records = {
             record.id: record for record in [*self.journal.stuck(limit), *self.journal.unfinished(MOST_LOOKED_AT)]
         }
-        reasons = ((record, why_stalled(record, self._leases(record), now)) for record in records.values())
+        alive = cache(self.registry.alive)
+        reasons = ((record, why_stalled(record, self._leases(record), now, alive)) for record in records.values())
         return list(islice(((record, why) for record, why in reasons if why), limit))
 
     def _leases(self, record: Record) -> dict[str, float]:

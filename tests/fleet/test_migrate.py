@@ -7,6 +7,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
+from typing import Any
 
 import libvirt
 import pytest
@@ -149,6 +151,32 @@ def test_a_move_from_a_host_that_is_lost_can_be_settled(lab: Lab, name: str) -> 
     with domain(lab.fleet.hosts["hosta"], name) as found:
         found.undefine()
     shutil.rmtree(aside)
+
+
+def test_what_has_waited_for_a_move_is_not_done_to_what_it_left_behind(lab: Lab, name: str) -> None:
+    uuid = idle(lab, name)
+    moving = begin(lab, name)
+    asked: dict[str, dict[str, Any]] = {
+        "power_off": FORCE,
+        "resize": {"memory_mib": 80, **FORCE},
+        "migrate": {"to": "hostb"},
+        "destroy": {},
+    }
+
+    def waits(kind: str) -> bool:
+        return lab.field(f"{kind}-{name}", "state") == "waiting"
+
+    for kind, how in asked.items():
+        lab.scheduler.send(kind, instance=name, operation_id=f"{kind}-{name}", wait_if_busy=True, **how)
+        wait_until(partial(waits, kind), 30, f"{kind} waits")
+    assert ended(lab, moving)["state"] == "succeeded"
+    for kind in asked:
+        record = ended(lab, f"{kind}-{name}")
+        assert (record["state"], record["error"]["code"]) == ("failed", "invalid_state"), record
+    assert (domains(lab.fleet.hosts["hosta"]), domains(lab.fleet.hosts["hostb"])) == ({name: False}, {name: True})
+    assert lab.instances()[name]["host"] == "hostb"
+    lab.done("revert", instance=name, **FORCE)
+    assert lab.folder("hosta", uuid).exists()
 
 
 def test_a_guest_with_disks_that_are_not_the_fleets_is_neither_moved_nor_resized(lab: Lab, name: str) -> None:

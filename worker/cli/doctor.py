@@ -11,6 +11,7 @@ from rich.markup import escape
 from tasks.doctor import examine_fleet, examine_here
 from worker.cli import output
 from worker.cli.options import AsJson
+from worker.engine.connection import be_brief
 from worker.engine.registry import registry
 from worker.errors import BrokerUnavailable
 from worker.findings import Finding, Severity
@@ -32,6 +33,7 @@ def doctor(
 
     Exits with 1 while a warning or an error is left.
     """
+    be_brief()
     with output.errors_told(as_json=as_json):
         if local:
             names = host or [get_settings().host]

@@ -24,6 +24,7 @@ from worker.engine.record import UNDO_STEP, State, StepState
 from worker.engine.retries import FINISH_RETRIES, Retries
 from worker.engine.step_context import StepContext
 from worker.engine.succession import new_token
+from worker.engine.turn import require_unchanged
 from worker.errors import (
     BrokerUnavailable,
     Cancelled,
@@ -135,6 +136,7 @@ def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
     try:
         ctx.check()  # this process may have stood still since it took the step
         with _logged(ctx), watched_by(ctx):
+            require_unchanged(ctx)
             result = made.run(ctx)
         ctx.flush()
         return Ending("done", result)

@@ -63,8 +63,9 @@ by admission and the CLI."""
 
 def operation(operation_id: str) -> str:
     """HASH, expires once ended: the operation's record. Fields: schema, head, digest, plan, state, cancel, irrevocable,
-    task (by which a request came that was turned away), verdict, error, submitted_at, started_at, ended_at, held (since
-    when it was put back and waits for its hosts), restored (when who executes it put it back), and `step:<key>:<field>`
+    waited (for its instance), task (by which a request came that was turned away), verdict, error, submitted_at,
+    started_at, ended_at, held (since when it was put back and waits for its hosts), restored (when who executes it put
+    it back), and `step:<key>:<field>`
     with the fields state, fence, attempt, lost, locked, worker, due, published, publications, started_at, ended_at,
     result, error."""
     return f"{PREFIX}:op:{operation_id}"

@@ -147,6 +147,7 @@ class Record:
     undo_steps: tuple[StepRecord, ...] = ()
     cancel: float | None = None
     irrevocable: bool = False
+    waited: bool = False
     task: str = ""
     held: float | None = None
     restored: float | None = None
@@ -251,6 +252,7 @@ def _parsed(operation_id: str, fields: dict[str, str], undo: list[str]) -> Recor
         undo_steps=tuple(_step(undo_plan(index, entry), fields) for index, entry in enumerate(entries)),
         cancel=None if "irrevocable" in fields else _number(fields.get("cancel")),
         irrevocable="irrevocable" in fields,
+        waited="waited" in fields,
         task=fields.get("task", ""),
         held=_number(fields.get("held")),
         restored=_number(fields.get("restored")),

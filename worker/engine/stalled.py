@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 
 from worker.engine.record import Record, State, StepRecord, StepState
 
 TAKEN_WITHIN = 15.0
-"""Seconds after the publication of a step from which on "nobody has taken it" is worth telling."""
+"""Seconds after the publication of a step from which on "nobody has taken it" is worth telling, if no worker is up."""
+
+OFTEN = 6
+"""Publications of a step, ten minutes of them, after which that is worth telling also of a worker that is up: until
+then it has enough to do, as a rule."""
+
+Alive = Callable[[str], Container[str]]
+"""Tells which kinds of worker a host has up."""
 
 
-def why_stalled(record: Record, leases: Mapping[str, float], now: float) -> str:
+def why_stalled(record: Record, leases: Mapping[str, float], now: float, alive: Alive) -> str:
     """What holds an operation up; empty when it moves or waits its turn. `leases`: seconds by step, if leased.
 
     `now` by Redis' clock.
@@ -24,11 +31,11 @@ def why_stalled(record: Record, leases: Mapping[str, float], now: float) -> str:
     if record.held is not None:
         hosts = ", ".join(sorted(record.hosts))
         return f"put back after Redis had lost it: waits until each of its hosts ({hosts}) has told what it knows"
-    reasons = [_why(step, leases, now) for step in (*record.steps.values(), *record.undo_steps)]
+    reasons = [_why(step, leases, now, alive) for step in (*record.steps.values(), *record.undo_steps)]
     return "; ".join(reason for reason in reasons if reason)
 
 
-def _why(step: StepRecord, leases: Mapping[str, float], now: float) -> str:
+def _why(step: StepRecord, leases: Mapping[str, float], now: float, alive: Alive) -> str:
     where = f"{step.key} on {step.plan.host}"
     if step.state is StepState.RETRY and step.error:
         attempts = f"attempt {step.error.get('attempt', step.attempt)} of {step.error.get('attempts', '?')}"
@@ -37,6 +44,6 @@ def _why(step: StepRecord, leases: Mapping[str, float], now: float) -> str:
         return f"{where}: its worker {step.worker} fell silent"
     if step.published is not None and step.state is not StepState.DONE:
         ago = now - step.published
-        if step.publications > 1 or ago > TAKEN_WITHIN:
+        if step.publications >= OFTEN if step.plan.queue in alive(step.plan.host) else ago > TAKEN_WITHIN:
             return f"{where}: published {step.publications} times, last {ago:.0f} s ago, and no worker has taken it"
     return ""

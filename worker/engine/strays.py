@@ -13,6 +13,7 @@ from worker.engine.connection import Redis, translated
 from worker.engine.journal import Journal
 from worker.engine.mirror import Copy, Mirror
 from worker.engine.record import Record, State, StepRecord, StepState
+from worker.engine.registry import Registry
 from worker.engine.stalled import why_stalled
 from worker.errors import RecordUnreadable
 from worker.findings import Severity, Suspect, suspect
@@ -109,7 +110,7 @@ def operations(book: Journal) -> Iterator[Suspect]:
 
 
 def _stalled(book: Journal, record: Record) -> Iterator[Suspect]:
-    why = why_stalled(record, book.leases(record, _steps(record)), book.now())
+    why = why_stalled(record, book.leases(record, _steps(record)), book.now(), Registry(book.redis).alive)
     if not why or book.find(record.id) != record:
         return  # it moves, or moved while it was looked at
     what = f"{record.kind} of {record.instance!r} is {record.state}: {why}"

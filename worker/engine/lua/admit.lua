@@ -23,6 +23,7 @@ end
 redis.call('DEL', KEYS[1])
 for i = 7, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 redis.call('HSET', KEYS[1], 'digest', ARGV[2], 'state', state, 'submitted_at', string.format('%.6f', now))
+if state == 'waiting' then redis.call('HSET', KEYS[1], 'waited', '1') end
 -- It was asked to stop before it came.
 if redis.call('DEL', KEYS[7]) == 1 then redis.call('HSET', KEYS[1], 'cancel', string.format('%.6f', now)) end
 if ARGV[6] ~= '' then redis.call('RPUSH', KEYS[6], ARGV[6]) end

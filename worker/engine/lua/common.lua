@@ -65,7 +65,7 @@ local function reclaim(claim, waiting, prefix, id)
   local owner = owner_of(claim, prefix)
   if owner and owner ~= id then
     if redis.call('HGET', prefix .. owner, 'state') ~= 'queued' then return end -- it has begun; acquire.lua sees to it
-    redis.call('HSET', prefix .. owner, 'state', 'waiting')
+    redis.call('HSET', prefix .. owner, 'state', 'waiting', 'waited', '1')
     redis.call('LPUSH', waiting, owner)
   end
   redis.call('SET', claim, id)
