@@ -196,7 +196,9 @@ def _killed_as_a_backup_begins(lab: LabHost, guest: Guest, number: int) -> Path:
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(begin)
-        wait_until(lambda: _opens(pid, folder), 10, "QEMU has opened the files")
+        deadline = time.monotonic() + 10
+        while not _opens(pid, folder):  # without a pause: what is to be met lasts for some milliseconds
+            assert time.monotonic() < deadline
         time.sleep(0.004 * number)
         lab.libvirtd_kill9()
     lab.libvirtd_start()
