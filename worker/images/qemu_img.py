@@ -67,9 +67,7 @@ def create(path: Path, fmt: DiskFormat, size: int) -> None:
 
 def create_overlay(path: Path, backing: Path, backing_format: DiskFormat, size: int) -> None:
     """Create a qcow2 overlay of `size` bytes over `backing`. Raises InvalidState if the file exists, NoSpace."""
-    with _making(path):
-        base = ("-b", _safe(backing), "-F", backing_format)
-        _run("create", "-q", "-f", "qcow2", *base, _safe(path), str(size), output=path)
+    _create_on(path, backing, backing_format, size)
 
 
 def create_delta(path: Path, backing: Path, backing_format: DiskFormat, size: int) -> None:
@@ -78,10 +76,13 @@ def create_delta(path: Path, backing: Path, backing_format: DiskFormat, size: in
     It is allocated by the sector (QEMU 5.2's extended L2 entries: 32 parts of a cluster), so that no write has to be
     filled up from below. Raises InvalidState if the file exists, NoSpace.
     """
+    _create_on(path, backing, backing_format, size, "-o", "cluster_size=16k,extended_l2=on")
+
+
+def _create_on(path: Path, backing: Path, backing_format: DiskFormat, size: int, *options: str) -> None:
     with _making(path):
         base = ("-b", _safe(backing), "-F", backing_format)
-        by_sector = ("-o", "cluster_size=16k,extended_l2=on")
-        _run("create", "-q", "-f", "qcow2", *by_sector, *base, _safe(path), str(size), output=path)
+        _run("create", "-q", "-f", "qcow2", *options, *base, _safe(path), str(size), output=path)
 
 
 def resize(path: Path, fmt: DiskFormat, size: int) -> None:

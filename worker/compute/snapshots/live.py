@@ -57,7 +57,7 @@ LONG = 2.0
 """Seconds that a backup must have run to be known again when it has ended: a shorter one is soon made anew."""
 
 COINCIDENCE = 0.5
-"""Seconds within which a backup's end is taken for that of another look at it."""
+"""Seconds that the end of a backup, as libvirt counts it, may be away from the last write to its files."""
 
 CRAWL = MIB
 """Bytes per second until the guest is thawed: beside a copy at full speed its agent answered after 40 to 400 ms, on two
