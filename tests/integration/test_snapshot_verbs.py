@@ -5,13 +5,11 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
+from tests.integration.guests import SIZE, full_guest
 from tests.lab import LabHost, lab_folder, wait_until
 from worker.compute.local import LocalHost, LocalInstance
 from worker.compute.snapshots import extract, holding, live, watch
@@ -21,13 +19,11 @@ from worker.compute.snapshots.watch import HoldWatch
 from worker.context import Alone
 from worker.errors import JobLost, LetGoTooEarly, SnapshotDamaged, StateLockBusy
 from worker.images import qemu_img, snapshots
-from worker.models import MIB, Disk, DomainConfig, Owner, PowerState, Snapshot, SnapshotSpec
+from worker.models import MIB, PowerState, Snapshot, SnapshotSpec
 from worker.settings import Settings
 from worker.virt.guest import Guest
-from worker.virt.host import Host
 from worker.virt.jobs import UNLIMITED, BackupJob, BlockTarget
 
-SIZE = 256 * MIB  # copied in part before its speed is limited
 SLOW = SnapshotSpec(limit_mib=1, quiesce="never")
 
 
@@ -50,33 +46,8 @@ def lab() -> Iterator[LabHost]:
 
 @pytest.fixture
 def guest(lab: LabHost) -> Iterator[Guest]:
-    """A guest that runs, with two disks full of data."""
-    uuid = uuid4()
-    config = DomainConfig(
-        name=f"g-{uuid.hex[:8]}",
-        uuid=uuid,
-        owner=Owner(name="g", uuid=uuid, operation="op", fence=1),
-        vcpus=1,
-        memory_mib=64,
-        disks=tuple(_disk(lab, f"{uuid.hex[:8]}-{target}", target) for target in ("vda", "vdb")),
-        accel="qemu",
-        emulator=Path("/usr/bin/qemu-system-x86_64"),
-        console_log=lab.data / f"{uuid.hex[:8]}.log",
-    )
-    with connected(lab) as host:
-        guest = host.define(config)
-        guest.start()
+    with full_guest(lab) as guest:
         yield guest
-    with connected(lab) as host:
-        left = host.guest(uuid)
-        left.destroy()
-        left.undefine()
-
-
-@contextmanager
-def connected(lab: LabHost) -> Iterator[Host]:
-    with Host.open(lab.uri, name=lab.name, timeout=10) as host:
-        yield host
 
 
 @pytest.fixture
@@ -86,14 +57,6 @@ def instance(lab: LabHost, guest: Guest) -> LocalInstance:
 
 def local(lab: LabHost) -> LocalHost:
     return LocalHost(lab.name, Settings(data_dir=lab.data, libvirt_uri=lab.uri))
-
-
-def _disk(lab: LabHost, name: str, target: str) -> Disk:
-    path = lab.data / f"{name}.qcow2"
-    qemu_img.create(path, "qcow2", SIZE)
-    write = f"write -P {ord(target[-1])} 0 {SIZE}"
-    subprocess.run(["qemu-io", "-f", "qcow2", "-c", write, str(path)], check=True, stdout=subprocess.DEVNULL)
-    return Disk(role="ephemeral", target=target, path=path, format="qcow2", virtual_size=SIZE)
 
 
 def virsh(lab: LabHost, *arguments: str) -> str:

@@ -8,23 +8,21 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
+from tests.integration.guests import SIZE, connected, empty, full_guest
 from tests.lab import LabHost, lab_folder, wait_until
 from worker.context import Alone
 from worker.errors import CheckpointMissing, FleetError, GuestHung, HypervisorError, InvalidState, JobLost
 from worker.images import qemu_img
-from worker.models import MIB, Disk, DomainConfig, Owner, PowerState
+from worker.models import MIB, PowerState
 from worker.virt import bounded, checkpoints, strays
 from worker.virt.guest import Guest
-from worker.virt.host import Host
 from worker.virt.jobs import BackupJob, BlockTarget, MirrorJob
 
-SIZE = 256 * MIB
 SLOW = 64 * MIB  # bytes per second: slow enough to be met while it runs
 
 
@@ -34,49 +32,10 @@ def lab() -> Iterator[LabHost]:
         yield lab
 
 
-@contextmanager
-def connected(lab: LabHost) -> Iterator[Host]:
-    with Host.open(lab.uri, name=lab.name, timeout=10) as host:
-        yield host
-
-
 @pytest.fixture
 def guest(lab: LabHost) -> Iterator[Guest]:
-    """A guest that runs, with two disks full of data."""
-    uuid = uuid4()
-    disks = tuple(_disk(lab, f"{uuid.hex[:8]}-{target}", target) for target in ("vda", "vdb"))
-    config = DomainConfig(
-        name=f"g-{uuid.hex[:8]}",
-        uuid=uuid,
-        owner=Owner(name="g", uuid=uuid, operation="op-1", fence=1),
-        vcpus=1,
-        memory_mib=64,
-        disks=disks,
-        accel="qemu",
-        emulator=Path("/usr/bin/qemu-system-x86_64"),
-        console_log=lab.data / f"{uuid.hex[:8]}.log",
-    )
-    with connected(lab) as host:
-        guest = host.define(config)
-        guest.start()
+    with full_guest(lab) as guest:
         yield guest
-    with connected(lab) as host:
-        left = host.guest(uuid)
-        left.destroy()
-        left.undefine()
-
-
-def _disk(lab: LabHost, name: str, target: str) -> Disk:
-    path = empty(lab, name)
-    write = f"write -P {ord(target[-1])} 0 {SIZE}"
-    subprocess.run(["qemu-io", "-f", "qcow2", "-c", write, str(path)], check=True, stdout=subprocess.DEVNULL)
-    return Disk(role="ephemeral", target=target, path=path, format="qcow2", virtual_size=SIZE)
-
-
-def empty(lab: LabHost, name: str) -> Path:
-    path = lab.data / f"{name}.qcow2"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(SIZE)], check=True)
-    return path
 
 
 def targets(lab: LabHost, name: str) -> list[BlockTarget]:
