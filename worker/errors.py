@@ -117,7 +117,7 @@ class OutOfMemory(Retryable):
     """The host had no memory to start the guest with."""
 
     code = "out_of_memory"
-    default_hint = "Free memory on the host, or spawn on another one."
+    default_hint = "Free memory on the host, or use another one."
 
 
 class GuestHung(Retryable):

@@ -451,3 +451,14 @@ class Instance(Frozen):
     files: tuple[str, ...] = ()
     move: Move | None = None
     updated_at: float = 0.0
+
+
+class Outcome(Instance):
+    """The entry that an operation leaves, and what whoever asked for it should know."""
+
+    note: str = ""
+
+    @classmethod
+    def of(cls, entry: Instance, *notes: str) -> Outcome:
+        """That entry with these notes; empty ones do not count."""
+        return cls(**dict(entry), note="; ".join(filter(None, notes)))

@@ -23,7 +23,7 @@ from worker.engine.step import step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
 from worker.images.remote import Copying
-from worker.models import Frozen, Instance, PowerState
+from worker.models import Frozen, Instance, Outcome, PowerState
 
 if TYPE_CHECKING:
     from tasks.migrate import ConfirmRequest, MigrateRequest, RevertRequest
@@ -167,7 +167,7 @@ def release(ctx: StepContext, request: MigrateRequest) -> Acknowledged:
 
 
 @step("take_over", queue="control")
-def take_over(ctx: StepContext, request: MigrateRequest) -> Instance:
+def take_over(ctx: StepContext, request: MigrateRequest) -> Outcome:
     """The destination's copy counts from here on; the source's is kept until that is confirmed."""
     instance = local_instance(ctx)
     wait = 0.0 if request.auto_confirm else ctx.settings.confirm_after or None
@@ -175,7 +175,20 @@ def take_over(ctx: StepContext, request: MigrateRequest) -> Instance:
     power = arrival.take_over(instance, _handover(ctx, request, "moved").model_copy(update=due), ctx)
     entry = register(ctx, power, provision.spec_of(instance.local, instance.uuid))
     patiently(confirm_when_due, entry)
-    return entry
+    notes = (*ctx.result(describe_source).notes, *ctx.result(prepare_destination).notes)
+    return Outcome.of(entry, *notes, _what_is_next(ctx, wait))
+
+
+def _what_is_next(ctx: StepContext, wait: float | None) -> str:
+    if ctx.result(preflight).shared:
+        kept = f"nothing was copied: {ctx.record.host} has the same storage"
+    else:
+        kept = f"its former copy is kept on {ctx.record.host}"
+    if wait == 0:
+        return f"{kept}; it is confirmed by itself now"
+    by_itself = f", which happens by itself in {wait:.0f} s" if wait else ""
+    name = ctx.instance
+    return f"{kept} until it is decided: virtfleet migration confirm {name}{by_itself}, or revert {name}"
 
 
 def _handover(ctx: StepContext, request: MigrateRequest, phase: Literal["moving", "moved"]) -> Handover:

@@ -12,7 +12,7 @@ from worker.compute.power import PowerChange
 from worker.engine.step import step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
-from worker.models import DiskSet, Instance
+from worker.models import DiskSet, Outcome
 
 if TYPE_CHECKING:
     from tasks.resize import ResizeRequest
@@ -44,11 +44,12 @@ def redefine(ctx: StepContext, request: ResizeRequest) -> None:  # noqa: ARG001
 
 
 @step("finish_resize", queue="control")
-def finish_resize(ctx: StepContext, request: ResizeRequest) -> Instance:  # noqa: ARG001
+def finish_resize(ctx: StepContext, request: ResizeRequest) -> Outcome:  # noqa: ARG001
     """Bring the guest's power back to what it was."""
-    instance = local_instance(ctx)
-    power = resize.finish(instance, ctx.result(plan_resize), ctx)
-    return register(ctx, power, provision.spec_of(instance.local, instance.uuid))
+    instance, plan = local_instance(ctx), ctx.result(plan_resize)
+    power = resize.finish(instance, plan, ctx)
+    entry = register(ctx, power, provision.spec_of(instance.local, instance.uuid))
+    return Outcome.of(entry, "" if plan.changes else "it has these sizes already: nothing was done")
 
 
 @undoes("revert_resize")

@@ -26,6 +26,7 @@ CASES = [
     ("negative vcpus", {"vcpus": -1}, ["--vcpus=-1"], ["vcpus", "given: -1", "greater than or equal to 1"]),
     ("negative memory", {"memory_mib": -64}, ["--memory=-64"], ["memory", "given: -64", "greater than or equal to 16"]),
     ("astronomic memory", {"memory_mib": 10**30}, [f"--memory={10**30}"], ["memory", "given: 1000", "less than"]),
+    ("more memory than there is", {"memory_mib": 2**26}, [f"--memory={2**26}"], ["memory", f"{2**26}", "at most"]),
     ("negative disk", {"disk_gib": -1}, ["--disk=-1"], ["disk", "given: -1", "greater than or equal to 1"]),
     ("negative swap", {"swap_mib": -1}, ["--swap=-1"], ["swap", "given: -1", "greater than or equal to 0"]),
     ("negative ephemeral", {"ephemeral_gib": [-1]}, ["--ephemeral=-1"], ["ephemeral", "given: -1", "or equal to 1"]),

@@ -59,7 +59,8 @@ def test_all_of_it_arrives_and_confirm_removes_what_was_left(lab: Lab, name: str
     with domain(lab.fleet.hosts["hosta"], name) as found:
         found.setAutostart(1)
     before, xml = contents(lab.folder("hosta", uuid)), definition(lab.fleet.hosts["hosta"], name)
-    lab.done("migrate", instance=name, to="hostb", **FORCE)
+    record = lab.done("migrate", instance=name, to="hostb", **FORCE)
+    assert f"kept on hosta until it is decided: virtfleet migration confirm {name}" in record["result"]["note"]
     assert domains(lab.fleet.hosts["hosta"]) == {name: False}
     assert domains(lab.fleet.hosts["hostb"]) == {name: True}
     assert contents(lab.folder("hostb", uuid)) == before
@@ -147,7 +148,7 @@ def test_a_move_from_a_host_that_is_lost_can_be_settled(lab: Lab, name: str) -> 
     aside = lab.folder("hosta", f"{uuid}_resize")
     told = {one["code"]: one for one in lab.run("doctor", "--host", "hosta").record["findings"]}
     assert told["former_copy"]["where"] == str(aside)
-    assert f"rm -r {aside}" in told["former_copy"]["remedy"]
+    assert "confirmed with --source-gone" in told["former_copy"]["remedy"]
     with domain(lab.fleet.hosts["hosta"], name) as found:
         found.undefine()
     shutil.rmtree(aside)

@@ -65,16 +65,17 @@ def test_a_missing_bridge_is_refused_before_anything_is_made(fleet: Fleet, spawn
 
 
 def test_cancel_between_two_attempts_undoes_at_once(
-    command: Commands, scheduler: Scheduler, fleet: Fleet, wanted: dict[str, Any]
+    command: Commands, scheduler: Scheduler, fleet: Fleet, host: LabHost, wanted: dict[str, Any]
 ) -> None:
     """A step that waits for its next attempt, here because the host lacks the memory, need not be waited for."""
     operation = f"huge-{wanted['name']}"
-    sent = scheduler.send("spawn", operation_id=operation, **{**wanted, "memory_mib": 32 * 1024 * 1024})
-    wait_until(lambda: "retry" in command("operation", operation).stdout, 20, "the start is to be tried again")
-    shown = command("operation", operation, "--json")
-    [start] = [step for step in json.loads(shown.stdout)["steps"] if step["name"] == "spawn_instance"]
-    assert start["error"]["code"] == "out_of_memory"
-    cancelled = command("cancel", operation)
+    with host.short_of_memory():
+        sent = scheduler.send("spawn", operation_id=operation, **{**wanted, "memory_mib": 4096})
+        wait_until(lambda: "retry" in command("operation", operation).stdout, 20, "the start is to be tried again")
+        shown = command("operation", operation, "--json")
+        [start] = [step for step in json.loads(shown.stdout)["steps"] if step["name"] == "spawn_instance"]
+        assert start["error"]["code"] == "out_of_memory"
+        cancelled = command("cancel", operation)
     assert cancelled.returncode == 3, cancelled.stdout + cancelled.stderr
     assert sent.get(timeout=10)["state"] == "cancelled"
     assert remains(fleet) == {}

@@ -10,6 +10,7 @@ import json
 import os
 import pwd
 import re
+import resource
 import shlex
 import shutil
 import socket
@@ -155,6 +156,17 @@ class LabHost:
         """libvirtd accepts connections in the `with` block, but answers nothing; the guests run on."""
         with self._daemon.frozen():
             yield
+
+    @contextmanager
+    def short_of_memory(self) -> Iterator[None]:
+        """Guests with 4 GiB of memory or more cannot be started in the `with` block: QEMU ends as it asks for it."""
+        pid = self._daemon.pid
+        _, hard = before = resource.prlimit(pid, resource.RLIMIT_AS)
+        resource.prlimit(pid, resource.RLIMIT_AS, (4 << 30, hard))  # QEMU inherits it
+        try:
+            yield
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_AS, before)
 
     def lose_sight_of_backup(self, domain: str) -> None:
         """Bring libvirtd to where 9.0 is after it was killed within some 50 ms of being asked for a guest's backup: it

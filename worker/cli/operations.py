@@ -34,7 +34,7 @@ def operations(
             output.print_json({"operations": [record.as_dict() for record in records]})
             return
         rows = [_row(record) for record in records]
-        output.table("", COLUMNS, rows, empty="No operations yet.")
+        output.table("", COLUMNS, rows, empty="Every operation has ended." if unfinished else "No operations yet.")
 
 
 def _list_stalled(fleet: Fleet, limit: int, *, as_json: bool) -> None:

@@ -126,11 +126,15 @@ def _check_host(instance: LocalInstance, departure: Departure) -> None:
             host.check_network(network)
         for found in (host.find(instance.name), host.find_uuid(instance.uuid)):
             if found is not None:
-                raise InstanceExists(f"host {local.name} has a domain {found.name!r} (uuid {found.uuid}) already")
+                raise InstanceExists(
+                    f"host {local.name} has a domain {found.name!r} (uuid {found.uuid}) already",
+                    hint="Choose another host, or rename or remove that domain.",
+                )
         able = host.require_definable(departure.xml)
         if able.accel == "kvm" and accel.choose(local, host, None) != "kvm":
             raise UnsupportedByHost(f"{instance.name} runs under KVM, and guests do not on host {local.name}")
         able.require_vcpus(departure.sizes.vcpus)
+        host.require_memory(departure.sizes.memory_mib)
         firmware = parse_firmware(departure.xml)
         if firmware is not None and not firmware.exists():
             raise UnsupportedByHost(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -124,8 +125,16 @@ def describe(
             resized=wanted.after(before) != before,
             networks=spec.networks,
             probe=probe,
-            notes=tuple(f"checkpoint {name} is not taken along" for name in guest.checkpoints()),
+            notes=tuple(_staying_behind(guest)),
         )
+
+
+def _staying_behind(guest: Guest) -> Iterator[str]:
+    """What only this libvirt knows of the guest."""
+    for name in guest.checkpoints():
+        yield f"checkpoint {name} is not taken along"
+    for name in guest.snapshots():
+        yield f"libvirt's own snapshot {name} is not taken along"
 
 
 def _flat_size(disk: Disk) -> int:

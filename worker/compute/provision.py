@@ -68,6 +68,7 @@ def check_request(instance: LocalInstance, spec: InstanceSpec) -> None:
             raise _taken(instance, f"files of an instance in {instance.folder.path}")
         can = host.domain_capabilities(accel.choose(local, host, spec.accel))
         can.require_vcpus(spec.vcpus)
+        host.require_memory(spec.memory_mib)
         if spec.firmware == "efi" and not can.efi:
             raise _no_efi(local)
 

@@ -84,6 +84,8 @@ def plan(instance: LocalInstance, wanted: NewSizes, ctx: Context) -> Plan:
         found = Plan(before=before, after=wanted.after(before), power=power)
         if found.after.vcpus > before.vcpus:
             host.domain_capabilities(guest.accel()).require_vcpus(found.after.vcpus)
+        if found.after.memory_mib > before.memory_mib:
+            host.require_memory(found.after.memory_mib)
     refuse_shrinking(found, disks.root(instance.folder).virtual_size)
     require_space(instance.folder.path, METADATA_BYTES, instance.local.settings.reserve_bytes)
     return found

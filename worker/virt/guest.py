@@ -387,6 +387,11 @@ class Guest:
         except UnsupportedByHost:
             return []
 
+    def snapshots(self) -> list[str]:
+        """Names of what `virsh snapshot-create` has made of it."""
+        with self._trying_to("list the snapshots of"):
+            return sorted(str(snapshot.getName()) for snapshot in self._domain.listAllSnapshots())
+
     # --- memory -------------------------------------------------------------------------------------------
 
     def save_memory(self, watch: Watcher, *, stall: float) -> None:

@@ -165,6 +165,22 @@ class Host:
         uid, gid = (int(part) for part in label.split(":"))
         return uid, gid
 
+    def require_memory(self, memory_mib: int) -> None:
+        """Raise InvalidSpec for more memory, in MiB, than the host has: QEMU could not even be started with it.
+
+        How much of it other guests have is not looked at: hosts may promise more than they have (virNodeGetInfo).
+        """
+        with self._trying_to("read the host's memory"):
+            has = int(self._connection.getInfo()[1])
+        if memory_mib > has:
+            allowed = f"at most {has}, the memory of host {self.name}"
+            raise InvalidSpec(
+                f"memory_mib: allowed: {allowed} (given: {memory_mib})",
+                field="memory_mib",
+                given=memory_mib,
+                allowed=allowed,
+            )
+
     # --- networks -----------------------------------------------------------------------------------------
 
     def check_network(self, network: str) -> None:

@@ -133,7 +133,8 @@ def _set_aside(local: LocalHost, path: Path, uuid: str) -> Suspect:
         f"the former copy of an instance that has moved, kept until the move is confirmed ({human_size(size(path))})",
         where=path,
         remedy=f"virtfleet migration confirm {uuid} removes it, virtfleet migration revert {uuid} goes back to it."
-        f" Where that has been confirmed with --source-gone: virsh undefine {uuid} --nvram; rm -r {path}",
+        " Only if they say that no migration waits for that (it was confirmed with --source-gone) is it of no use any"
+        " more: then undefine its domain by hand (virsh undefine --nvram), and remove this folder.",
         owners=[uuid],
     )
 
