@@ -10,13 +10,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import billiard.pool
 import structlog
 from celery.exceptions import SecurityWarning
 from celery.signals import worker_ready, worker_shutting_down
 
 from worker.app import SHARED_QUEUE, app, host_queue
-from worker.engine import intervention  # noqa: F401 - makes its task, cancelling by name, known to every worker
+from worker.engine import (
+    intervention,  # noqa: F401 - makes its task, cancelling by name, known to every worker
+    mended,
+)
 from worker.engine.journal import journal
 from worker.engine.metrics import serve_metrics
 from worker.engine.mirror import MirrorWatch
@@ -107,7 +109,8 @@ def run_worker(kind: WorkerKind, hosts: Sequence[str], *, introduce: Callable[[s
         threading.Thread(target=_step_back, args=[name, beside], name="stopping", daemon=True).start()
 
     _stay(name)
-    _end_soon()
+    mended.end_soon()
+    mended.outlive_redis()
     take_place(name)
 
     # libvirtd and the guests' disks are root's; messages are JSON only, so the danger it warns of is not there.
@@ -127,15 +130,6 @@ def _step_back(name: str, beside: Sequence[Heartbeat | Reaper | MirrorWatch]) ->
     for companion in beside:
         companion.stop()
     patiently(journal().leave_from, name, get_settings().stop_grace)
-
-
-def _end_soon() -> None:
-    """Have processes of the pool end with their last step.
-
-    Each waits until the main process has read all its answers; that stops reading as soon as it knows of no task any
-    more, in every twentieth stop too early. All answers are in the journal; 30 s of waiting only hold up an upgrade.
-    """
-    billiard.pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = 10  # times 0.1 s
 
 
 def _arguments(kind: WorkerKind, hosts: Sequence[str], name: str, loglevel: str) -> list[str]:
