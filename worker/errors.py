@@ -77,10 +77,19 @@ class InstanceLocked(Retryable):
     default_hint = "The process that works on it has to end first; it is tried again by itself."
 
 
+GOT_ON = 1024**2
+"""Bytes: a file has an end, so a copy that gets on so far each time comes to it."""
+
+
 class TransferInterrupted(Retryable):
-    """A download or copy broke off; what has arrived is kept and continued."""
+    """A download or copy broke off; what has arrived is kept and continued. `moved`: bytes that came this time."""
 
     code = "transfer_interrupted"
+
+    @property
+    def got_on(self) -> bool:
+        """Whether so much came that it need not be given up, however often it breaks off."""
+        return int(self.details.get("moved", 0)) >= GOT_ON
 
 
 class Stalled(Retryable):

@@ -29,7 +29,16 @@ from worker.engine.step import step
 from worker.engine.step_context import StepContext
 from worker.engine.undo import undoes
 from worker.engine.worker import run_worker
-from worker.errors import HostUnreachable, InstanceLocked, InvalidSpec, InvalidState, NoSpace, NotItsTurn
+from worker.errors import (
+    GOT_ON,
+    HostUnreachable,
+    InstanceLocked,
+    InvalidSpec,
+    InvalidState,
+    NoSpace,
+    NotItsTurn,
+    TransferInterrupted,
+)
 from worker.models import Name
 
 HOST = "h1"
@@ -154,6 +163,14 @@ def locked(ctx: StepContext, request: Asked) -> int:
         if ctx.lease.attempt < 6:
             raise HostUnreachable("not yet")
         return ctx.lease.attempt
+
+
+@step("test.getting_on", queue="control", retries=TWICE)
+def getting_on(ctx: StepContext, request: Asked) -> int:
+    """Breaks off more often than it may be tried, but for one time with something to show for it; then for good."""
+    moved = {1: 0, 2: GOT_ON, 3: GOT_ON, 4: 0, 5: GOT_ON}
+    with noted(ctx):
+        raise TransferInterrupted("the cable again", moved=moved.get(ctx.lease.attempt, GOT_ON - 1))
 
 
 @step("test.killed", queue="disk", retries=TWICE)
@@ -313,6 +330,14 @@ class LockedRequest(Asked): ...
 @operation("test.locked_only", LockedRequest)
 def locked_out(op: Operation[LockedRequest]) -> Canvas:
     return locked.on(op)
+
+
+class GettingOnRequest(Asked): ...
+
+
+@operation("test.getting_on_only", GettingOnRequest)
+def getting_somewhere(op: Operation[GettingOnRequest]) -> Canvas:
+    return getting_on.on(op)
 
 
 class KilledRequest(Asked): ...

@@ -81,6 +81,13 @@ def test_who_waits_for_its_turn_spends_no_attempts(fleet: EngineFleet, events: E
     assert (record.state, record.result, len(events.lines("begin"))) == (State.SUCCEEDED, 1, 5)
 
 
+def test_a_copy_that_gets_on_is_not_given_up_however_often_it_breaks_off(fleet: EngineFleet, events: Events) -> None:
+    record = fleet.run(asked(tasks.GettingOnRequest, events))
+    error = record.error or {}
+    assert (record.state, error["code"]) == (State.FAILED, "transfer_interrupted")
+    assert (record.steps["test.getting_on"].attempt, error["attempt"], error["attempts"]) == (7, 2, 2)
+
+
 # --- failing ------------------------------------------------------------------------------------------------------
 
 

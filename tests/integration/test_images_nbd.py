@@ -167,8 +167,9 @@ def test_a_server_that_dies_is_a_broken_connection_that_can_be_continued(
                 bandwidth=2 * MIB,
             )
             wait_until(lambda: slow.last_progress[0] > 6 * MIB, 20, "some of it has arrived")
-        with pytest.raises(TransferInterrupted, match=r"broke off|does not lend"):
+        with pytest.raises(TransferInterrupted, match=r"broke off|does not lend") as broken:
             copying.result(30)
+    assert broken.value.got_on
     with lent(host, how, source):
         fetch(peer, source, tmp_path / "target", how)
     assert (tmp_path / "target").read_bytes() == source.read_bytes()

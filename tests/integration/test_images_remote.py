@@ -9,11 +9,13 @@ import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.lab import LabHost, wait_until
+from tests.lab.process import kill9
 from worker.context import Alone
 from worker.errors import Cancelled, CommandFailed, ConnectionMisconfigured, TransferInterrupted
 from worker.images import remote
@@ -128,6 +130,31 @@ def test_a_dead_host_is_noticed(peer: Peer, copying: remote.Copying, source: Pat
     gone = peer.model_copy(update={"address": "127.0.0.1"})
     with pytest.raises((TransferInterrupted, ConnectionMisconfigured)):
         remote.fetch(gone, source, tmp_path / "target", copying, Alone(), total=64 * MIB)
+
+
+def arrived(target: Path, least: int) -> bool:
+    return target.stat().st_size > least
+
+
+def test_a_copy_that_breaks_off_tells_what_came(
+    host: LabHost, peer: Peer, copying: remote.Copying, source: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    shutil.copy(source, target)
+    os.truncate(target, 2 * MIB)
+    for least in (4 * MIB, 8 * MIB):  # what was there before does not count
+        had = target.stat().st_size
+        with ThreadPoolExecutor(1) as pool:
+            slow = replace(copying, bandwidth=4 * MIB)
+            running = pool.submit(remote.fetch, peer, source, target, slow, Alone(), total=64 * MIB)
+            wait_until(partial(arrived, target, least), 30, "some of it has arrived")
+            for pid in host.processes():
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"rsync\0--server"):
+                    kill9(pid)
+            with pytest.raises(TransferInterrupted) as broken:
+                running.result(30)
+        assert broken.value.details["moved"] == target.stat().st_size - had
+        assert broken.value.got_on
 
 
 class Stoppable(Alone):

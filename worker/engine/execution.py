@@ -16,12 +16,12 @@ from celery.exceptions import Ignore
 from worker.context import watched_by
 from worker.engine import events
 from worker.engine.advance import see_to, turn_back
+from worker.engine.attempts import Attempts
 from worker.engine.journal import Answer, Journal, Outcome, Phase, journal
 from worker.engine.lease import LeaseKeeper
 from worker.engine.mirror import Mirror
 from worker.engine.patience import patiently
 from worker.engine.record import UNDO_STEP, State, StepState
-from worker.engine.retries import FINISH_RETRIES, Retries
 from worker.engine.step_context import StepContext
 from worker.engine.succession import new_token
 from worker.engine.turn import require_unchanged
@@ -31,11 +31,8 @@ from worker.errors import (
     FencedOff,
     FenceTooLow,
     FleetError,
-    HandedOver,
     InstanceLocked,
     InternalError,
-    NotItsTurn,
-    NotOurs,
     WorkerLost,
 )
 
@@ -43,18 +40,6 @@ if TYPE_CHECKING:
     from worker.engine.step import Step
 
 log = structlog.get_logger(__name__)
-
-STUBBORN = 6
-"""Attempts where there is no way back, if the error is not worth trying again elsewhere: about a minute."""
-
-LOCKED_PAUSE = 3.0
-"""Seconds at the most until a step is tried again that met another process' lock."""
-
-MOST_LOCKED = 120
-"""Attempts that may meet another process' lock before the step fails: some 8 s each, a quarter of an hour in all."""
-
-MOST_LOST = 5
-"""How often more than it may be tried a step may end in silence, the worker having died, before it fails."""
 
 _here: set[tuple[str, str]] = set()
 """The steps that threads of this process are at, by operation and key."""
@@ -131,7 +116,8 @@ def _logged(ctx: StepContext) -> Iterator[None]:
 
 
 def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
-    if ctx.step.lost > _retries(made, ctx).attempts + MOST_LOST:
+    attempts = Attempts(ctx, made.retries)
+    if attempts.were_lost:
         return Ending("failed", error=WorkerLost(f"the worker died {ctx.step.lost} times in this step"))
     try:
         ctx.check()  # this process may have stood still since it took the step
@@ -140,41 +126,12 @@ def _attempt(made: Step[Any], ctx: StepContext) -> Ending:
             result = made.run(ctx)
         ctx.flush()
         return Ending("done", result)
-    except (HandedOver, NotItsTurn) as error:
-        return Ending("retry", error=error)
-    except InstanceLocked as error:
-        return Ending("retry" if ctx.step.locked < _most_locked(made, ctx) else "failed", error=error)
     except FleetError as error:
-        return Ending("retry" if ctx.tries < _attempts(made, ctx, error) else "failed", error=error)
+        return Ending("retry" if attempts.may_follow(error) else "failed", error=error)
     except Exception as error:
         log.exception("unforeseen error")
-        # What cannot be removed now (disk full, an I/O error) may be later, and to remove is repeatable by nature.
-        may_retry = _has_no_way_back(ctx) and isinstance(error, OSError)
-        may_retry = may_retry and ctx.tries < _retries(made, ctx).attempts
-        return Ending("retry" if may_retry else "failed", error=InternalError(f"{type(error).__name__}: {error}"))
-
-
-def _retries(made: Step[Any], ctx: StepContext) -> Retries:
-    """How often and how patiently the step is tried: more than others where there is no way back."""
-    return max(made.retries, FINISH_RETRIES, key=lambda one: one.attempts) if ctx.is_irrevocable else made.retries
-
-
-def _most_locked(made: Step[Any], ctx: StepContext) -> int:
-    return max(MOST_LOCKED, _retries(made, ctx).attempts)
-
-
-def _attempts(made: Step[Any], ctx: StepContext, error: FleetError) -> int:
-    """How often a step that failed so may be tried in all."""
-    if error.retryable or isinstance(error, BrokerUnavailable):  # the work is sound, only Redis was away
-        return _retries(made, ctx).attempts
-    # A full disk may have room again in a minute, and what is given up leaves a guest half way.
-    hopeless = error.bad_input or isinstance(error, NotOurs | Cancelled)
-    return STUBBORN if _has_no_way_back(ctx) and not hopeless else 1
-
-
-def _has_no_way_back(ctx: StepContext) -> bool:
-    """Whether nobody puts right what this step leaves undone."""
-    return ctx.is_undo or ctx.is_irrevocable
+        told = InternalError(f"{type(error).__name__}: {error}")
+        return Ending("retry" if attempts.may_follow(error) else "failed", error=told)
 
 
 def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeeper, ending: Ending) -> bool:
@@ -186,14 +143,10 @@ def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeepe
         # Where a newer execution was here, the journal refuses what follows. Where the fence came from a Redis that was
         # lost since, or whose clock was ahead, the next attempt gets a higher one.
         patiently(book.outgrow, error.details["current_fence"])
-    fields = {"result": ending.result} if error is None else {"error": _told(error, made, ctx)}
-    pause = _retries(made, ctx).pause(ctx.tries) if ending.outcome == "retry" else ctx.settings.publish_grace
-    if isinstance(error, HandedOver | NotItsTurn):
-        pause = 0.0 if isinstance(error, HandedOver) else pause
-        fields |= {"attempt": lease.attempt - 1}
-    if isinstance(error, InstanceLocked):  # by one that stood still, as a rule, and lets go as soon as it goes on
-        pause = min(pause, LOCKED_PAUSE)
-        fields |= {"locked": ctx.step.locked + 1}
+    attempts = Attempts(ctx, made.retries)
+    fields = {"result": ending.result} if error is None else {"error": _told(error, attempts)}
+    fields |= attempts.noted(error)
+    pause = attempts.pause_after(error) if ending.outcome == "retry" else ctx.settings.publish_grace
     verdict = _verdict(ctx, book, error) if error and ending.outcome == "failed" else None
 
     def commit() -> str:
@@ -208,12 +161,10 @@ def _commit(made: Step[Any], ctx: StepContext, book: Journal, keeper: LeaseKeepe
     return answer == "ok"
 
 
-def _told(error: FleetError, made: Step[Any], ctx: StepContext) -> dict[str, Any]:
+def _told(error: FleetError, attempts: Attempts) -> dict[str, Any]:
     """The error with where and when it happened."""
-    attempts = {"attempt": ctx.tries, "attempts": _retries(made, ctx).attempts}
-    if isinstance(error, InstanceLocked):
-        attempts = {"attempt": ctx.step.locked + 1, "attempts": _most_locked(made, ctx)}
-    return {**error.as_dict(), "step": ctx.lease.step, "host": ctx.host, **attempts}
+    ctx = attempts.ctx
+    return {**error.as_dict(), "step": ctx.lease.step, "host": ctx.host, **attempts.told(error)}
 
 
 def _verdict(ctx: StepContext, book: Journal, error: FleetError) -> State | None:

@@ -66,8 +66,8 @@ def operation(operation_id: str) -> str:
     waited (for its instance), task (by which a request came that was turned away), verdict, error, submitted_at,
     started_at, ended_at, held (since when it was put back and waits for its hosts), restored (when who executes it put
     it back), and `step:<key>:<field>`
-    with the fields state, fence, attempt, lost, locked, worker, due, published, publications, started_at, ended_at,
-    result, error."""
+    with the fields state, fence, attempt, lost, locked, forgiven, worker, due, published, publications, started_at,
+    ended_at, result, error."""
     return f"{PREFIX}:op:{operation_id}"
 
 

@@ -71,7 +71,8 @@ Stages = tuple[tuple[StepPlan, ...], ...]
 class StepRecord:
     """What is known of one step. Times in seconds since the epoch by Redis' clock.
 
-    Of its attempts, `lost` ended in silence, as their worker died, and `locked` met another process' lock.
+    Of its attempts, `lost` ended in silence, as their worker died, `locked` met another process' lock, and `forgiven`
+    are those up to the last one that got on before it broke off.
     """
 
     plan: StepPlan
@@ -79,6 +80,7 @@ class StepRecord:
     attempt: int = 0
     lost: int = 0
     locked: int = 0
+    forgiven: int = 0
     fence: int = 0
     worker: str = ""
     due: float | None = None
@@ -280,6 +282,7 @@ def _step(plan: StepPlan, fields: dict[str, str]) -> StepRecord:
         attempt=int(get("attempt") or 0),
         lost=int(get("lost") or 0),
         locked=int(get("locked") or 0),
+        forgiven=int(get("forgiven") or 0),
         fence=int(get("fence") or 0),
         worker=get("worker") or "",
         due=_number(get("due")),

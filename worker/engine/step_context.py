@@ -51,8 +51,8 @@ class StepContext:
 
     @property
     def tries(self) -> int:
-        """How often the step was tried by now: a worker's death and another process' lock do not count."""
-        return self.lease.attempt - self.step.lost - self.step.locked
+        """How often the step was tried by now, since it last got on: neither a worker's death nor a lock counts."""
+        return self.lease.attempt - self.step.lost - self.step.locked - self.step.forgiven
 
     @property
     def is_undo(self) -> bool:

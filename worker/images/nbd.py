@@ -134,6 +134,7 @@ def fetch(
         _Arrived(target, total) as arrived,
     ):
         arrived.prove(watch)
+        had = arrived.done
         try:
             with _connected(
                 peer, nbd.export_of(source, peer.data_dir), nbd, watch, stall=stall, waits=waits
@@ -144,6 +145,7 @@ def fetch(
                 f"the copy of {source} from host {peer.name} ({peer.address}) broke off after"
                 f" {human_size(arrived.done)}: {error}",
                 hint="What has arrived is kept and continued.",
+                moved=arrived.done - had,
             ) from error
         return arrived.checksum()
 

@@ -207,6 +207,7 @@ def _run(
     watch: Watcher | None = None,
     held: tuple[int, ...] = (),
 ) -> None:
+    had = size_of(command.output) if command.output else 0
     try:
         run(command, watch=watch, stall=stall, pass_fds=held)
     except CommandFailed as error:
@@ -219,10 +220,12 @@ def _run(
             ) from error
         # With no slot there rsync ends with 12, or with the code of the shell, whichever it learns of first.
         if error.details["exit_code"] in _BROKEN or _NO_SLOT in said:
-            arrived = human_size(size_of(command.output)) if command.output else "nothing"
+            has = size_of(command.output) if command.output else 0
+            where = f"the copy of {source} from host {peer.name} ({peer.address})"
             raise TransferInterrupted(
-                f"the copy of {source} from host {peer.name} ({peer.address}) broke off after {arrived}: {said}",
+                f"{where} broke off after {human_size(has)}: {said}",
                 hint="What has arrived is kept and continued.",
+                moved=has - had,
             ) from error
         raise
 

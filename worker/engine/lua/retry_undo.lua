@@ -11,7 +11,7 @@ for i = 0, redis.call('LLEN', KEYS[3]) - 1 do
   local field = 'step:undo:' .. i .. ':'
   if redis.call('HGET', KEYS[1], field .. 'state') == 'failed' then
     redis.call('HDEL', KEYS[1], field .. 'state', field .. 'attempt', field .. 'lost', field .. 'locked',
-      field .. 'published', field .. 'publications', field .. 'ended_at')
+      field .. 'forgiven', field .. 'published', field .. 'publications', field .. 'ended_at')
   end
 end
 redis.call('HSET', KEYS[1], 'state', 'undoing')
